@@ -1,0 +1,29 @@
+//! What crosses between the shim and `mayu-vmm`.
+//!
+//! The two processes share one `SOCK_SEQPACKET` socketpair. A packet is one JSON [`Message`], and the file
+//! descriptors that belong to it travel beside it as `SCM_RIGHTS`, so the VMM never has to open a path.
+//!
+//! ```text
+//! shim                                         mayu-vmm
+//!  │ spawn, control socket on CONTROL_FD          │
+//!  │ ◀──────────────────── Event::Started {pid} ──│  forked into its own namespaces
+//!  │── Build(VmConfig) + kvm, kernel, image, … ──▶│  jail, build, vCPUs paused
+//!  │ ◀──────────────────────────────────── Ok ────│
+//!  │── Resume ───────────────────────────────────▶│  the guest runs
+//!  │ ◀──── Event::VsockAccepted {port} + stream ──│  the agent reports in
+//!  │── VsockConnect {port} + stream ─────────────▶│
+//!  │ ◀──────────────────── Event::Exited {reason}─│
+//! ```
+
+mod client;
+mod error;
+mod frame;
+mod message;
+
+pub use client::{EventStream, VmmClient};
+pub use error::{Error, Result};
+pub use frame::{MAX_FDS, MAX_FRAME, receive, send};
+pub use message::{
+    BLOCK_SLOTS, CONTROL_FD, Event, ExitReason, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, Message, Reply,
+    Request, Status, VmConfig,
+};

@@ -1,0 +1,170 @@
+use serde::{Deserialize, Serialize};
+
+/// The descriptor number on which `mayu-vmm` finds its end of the control socket.
+pub const CONTROL_FD: i32 = 3;
+
+/// The most vCPUs that a machine may have.
+pub const MAX_VCPUS: u8 = 32;
+
+/// The least memory that a guest boots in, in MiB.
+pub const MIN_MEMORY_MIB: u32 = 64;
+
+/// The most memory that a machine may have, in MiB.
+pub const MAX_MEMORY_MIB: u32 = 64 * 1024;
+
+/// Block slots that every machine has beside the guest image. They start empty.
+pub const BLOCK_SLOTS: u8 = 4;
+
+/// The description of one machine.
+///
+/// `Request::Build` carries it with five descriptors, in this order: `/dev/kvm`, the guest kernel, the guest
+/// image (both read-only), the directory that virtio-fs shares (`O_PATH`), and the console (write end of a pipe).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// The sandbox this machine belongs to; it names the process and its log lines.
+    pub sandbox_id: String,
+    /// vCPUs, 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Guest memory in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
+    pub memory_mib: u32,
+    /// The guest's vsock context id, 3 or more.
+    pub guest_cid: u32,
+    /// Words added to the end of the kernel command line.
+    pub kernel_args: String,
+    /// vsock ports of the host that the guest may connect to. Anything else is refused by the device.
+    pub host_ports: Vec<u32>,
+    /// The host uid and gid that the VMM runs as.
+    pub uid: u32,
+}
+
+/// What the shim asks of the VMM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// Confine the process and build the machine with its vCPUs paused. Legal once.
+    Build(VmConfig),
+    /// Let the vCPUs run.
+    Resume,
+    /// Stop the vCPUs at an instruction boundary and the devices between two requests.
+    Pause,
+    /// Connect the attached stream socket to a vsock port of the guest. Answered when the guest has
+    /// accepted or refused.
+    VsockConnect {
+        /// The port inside the guest.
+        port: u32,
+    },
+    /// Put the attached file behind an empty block slot and tell the guest.
+    AttachBlock {
+        /// 0 to [`BLOCK_SLOTS`] - 1.
+        slot: u8,
+        /// Whether writes by the guest are refused.
+        read_only: bool,
+    },
+    /// Take the file of a block slot away again.
+    DetachBlock {
+        /// 0 to [`BLOCK_SLOTS`] - 1.
+        slot: u8,
+    },
+    /// Ask for counters and the state of the machine.
+    Status,
+    /// Stop the vCPUs and end the process.
+    Shutdown,
+}
+
+impl Request {
+    /// The operation's name, for error messages.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Build(_) => "build the machine",
+            Self::Resume => "resume the vCPUs",
+            Self::Pause => "pause the vCPUs",
+            Self::VsockConnect { .. } => "connect to a vsock port of the guest",
+            Self::AttachBlock { .. } => "attach a block device",
+            Self::DetachBlock { .. } => "detach a block device",
+            Self::Status => "report status",
+            Self::Shutdown => "shut down",
+        }
+    }
+}
+
+/// The VMM's answer to the request with the same number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Reply {
+    /// Done.
+    Ok,
+    /// The answer to [`Request::Status`].
+    Status(Status),
+    /// Not done, and why.
+    Error {
+        /// One line for the user.
+        reason: String,
+    },
+}
+
+/// Counters of a running machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Whether the vCPUs run.
+    pub running: bool,
+    /// Microseconds from the start of the process until the first guest instruction, once it has run.
+    pub guest_entry_us: Option<u64>,
+    /// Requests that a device refused because the driver broke the protocol, per device name.
+    pub device_errors: std::collections::BTreeMap<String, u64>,
+}
+
+/// What the VMM tells without being asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Event {
+    /// The process that holds the machine has this pid in the host's namespace; the one that was spawned ends.
+    Started {
+        /// A child of the shim, once its own parent has ended.
+        pid: i32,
+    },
+    /// The guest connected to an allowed host port; the stream socket is attached.
+    VsockAccepted {
+        /// The host port.
+        port: u32,
+    },
+    /// The guest is gone, and this process is about to be.
+    Exited(ExitReason),
+}
+
+/// Why a guest stopped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reason", content = "detail", rename_all = "kebab-case")]
+pub enum ExitReason {
+    /// The guest reset or halted the machine: a shutdown by the agent or, after a panic, by the kernel.
+    GuestReset,
+    /// The shim asked for it.
+    Requested,
+    /// KVM or a device failed.
+    Failed(String),
+}
+
+/// One packet of the control socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Message {
+    /// Shim to VMM.
+    Request {
+        /// Chosen by the shim; the reply repeats it.
+        id: u64,
+        /// What is asked.
+        body: Request,
+    },
+    /// VMM to shim.
+    Reply {
+        /// The number of the request.
+        id: u64,
+        /// The answer.
+        body: Reply,
+    },
+    /// VMM to shim.
+    Event {
+        /// What happened.
+        body: Event,
+    },
+}

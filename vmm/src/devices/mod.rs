@@ -1,0 +1,3 @@
+//! The machine's devices.
+
+pub mod virtio;
