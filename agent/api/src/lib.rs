@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
     unsafe_code,
     clippy::all,
     clippy::pedantic,
+    clippy::restriction,
     unused_qualifications
 )]
 mod generated {
