@@ -21,6 +21,9 @@ cached_folder() {
         say "built $1 in $((SECONDS - started)) s"
     fi
     exec {lock}>&-
+    # What no one has asked for in a month goes.
+    touch "$folder"
+    find "$lab_cache" -maxdepth 1 -name "$1-*" -mtime +30 -exec rm -rf {} +
     printf '%s\n' "$folder"
 }
 
