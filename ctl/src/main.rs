@@ -1,2 +1,27 @@
-//! Placeholder until the first slice.
-fn main() {}
+//! `mayu`, the operator's command.
+
+mod check;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Looks after mayu on a node.
+#[derive(Parser)]
+#[command(name = "mayu", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Tells whether this host can run pods with mayu, and what to do where it cannot.
+    Check(check::Args),
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Check(args) => check::run(&args),
+    }
+}

@@ -1,0 +1,84 @@
+# mayu: every pod in its own microVM. `make demo` and `make test` need nothing to be done first.
+#
+#   make demo      run a container in a microVM and show what happened
+#   make test      every check and every test, the end-to-end ones on a real containerd and a real KVM
+#   make check     formatting, lints, dependencies
+#   make unit      the tests that need no virtual machine
+#   make e2e       the end-to-end tests in the lab (E2E=<part of a name> runs only those)
+#   make bench     measure start time and memory, in counted instructions
+#   make guest     the guest kernel and the guest image
+#   make lab       a shell in the lab (Ctrl-A X leaves)
+#   make install   install everything for this host's containerd (DESTDIR and PREFIX as usual)
+#   make clean     remove what was built in the tree (the cache stays: see MAYU_CACHE)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test check unit e2e bench guest lab install clean deps build payload lint fmt
+
+PROFILE ?= release
+PREFIX ?= /usr
+DESTDIR ?=
+CONTAINERD ?= 2.1 1.7
+E2E ?=
+
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+
+target := $(or $(CARGO_TARGET_DIR),target)
+triple := x86_64-unknown-linux-gnu
+bin := $(target)/$(PROFILE)
+agent := $(target)/$(triple)/$(PROFILE)/mayu-agent
+payload := $(target)/payload
+results := $(target)/results
+
+demo: payload
+	tests/lab/run --payload $(payload) --results $(results)/demo --memory 3072 -- ./lab/demo
+
+test: check unit e2e
+
+check: deps
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	scripts/cargo-deny check --hide-inclusion-graph bans licenses sources
+
+lint: check
+
+unit: deps
+	cargo test --workspace --exclude mayu-e2e --locked
+
+e2e: payload
+	for version in $(CONTAINERD); do \
+		echo "== end to end with containerd $$version =="; \
+		tests/lab/run --payload $(payload) --results $(results)/e2e-$$version --memory 6144 --timeout 3600 \
+			-- ./lab/e2e $$version $(E2E); \
+	done
+
+bench: payload
+	tests/lab/run --mode exact --payload $(payload) --results $(results)/bench --timeout 3600 -- ./lab/bench
+
+lab: payload
+	tests/lab/shell --payload $(payload)
+
+# Everything that runs in the lab, laid out as on a node, with the tests beside it.
+payload: build guest
+	scripts/payload $(payload) $(PROFILE)
+
+build: deps
+	cargo build --locked --profile $(PROFILE) -p mayu -p mayu-shim -p mayu-vmm
+	scripts/build-agent $(PROFILE)
+
+guest: build
+	rootfs/build-kernel > /dev/null
+	rootfs/build-image $(agent) > /dev/null
+
+install: build guest
+	scripts/install $(PROFILE) $(DESTDIR) $(PREFIX)
+
+deps:
+	@[[ -n "$${MAYU_SKIP_DEPS:-}" ]] || scripts/deps
+
+fmt:
+	cargo fmt --all
+
+clean:
+	rm -rf $(target)

@@ -1,0 +1,132 @@
+//! Is there a containerd that will find the shim, and does its CRI plugin know the handler?
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use super::Fact;
+use super::guest::program_fact;
+
+const SHIM: &str = "containerd-shim-mayu-v2";
+const RUNTIME_TYPE: &str = "io.containerd.mayu.v2";
+const HANDLER: &str = "mayu";
+
+/// The CRI plugin's name in configuration version 2 (containerd 1.7) and 3 (2.x).
+const CRI_PLUGINS: &[&str] = &["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"];
+
+/// containerd's version, the shim on its path and, with `cri`, the runtime handler.
+pub fn facts(cri: bool) -> Vec<Fact> {
+    let mut facts = vec![shim()];
+    match output("containerd", &["--version"]) {
+        Ok(text) => {
+            let known = version(&text);
+            facts.push(version_fact(&text, known));
+            if cri && known.is_some() {
+                facts.push(handler());
+            }
+        }
+        Err(reason) => facts.push(Fact::bad("containerd", reason, "install containerd 1.7 or 2.x")),
+    }
+    facts
+}
+
+fn shim() -> Fact {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found: Option<PathBuf> = std::env::split_paths(&path).map(|dir| dir.join(SHIM)).find(|file| file.is_file());
+    match found {
+        Some(file) => program_fact("shim", &file),
+        None => Fact::bad("shim", format!("{SHIM} is not on the PATH"), "install mayu with `make install`"),
+    }
+}
+
+fn version_fact(text: &str, version: Option<(u32, u32)>) -> Fact {
+    const NAME: &str = "containerd";
+    match version {
+        Some((major, minor)) if (major, minor) >= (1, 7) => Fact::good(NAME, format!("version {major}.{minor}")),
+        Some((major, minor)) => Fact::bad(NAME, format!("version {major}.{minor}"), "install containerd 1.7 or 2.x"),
+        None => Fact::bad(NAME, format!("unknown version: {}", text.trim()), "install containerd 1.7 or 2.x"),
+    }
+}
+
+/// From a line such as `containerd github.com/containerd/containerd/v2 2.1.4 <commit>`.
+fn version(text: &str) -> Option<(u32, u32)> {
+    text.split_whitespace().find_map(|word| {
+        let mut numbers = word.trim_start_matches('v').split('.');
+        Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+    })
+}
+
+fn handler() -> Fact {
+    const NAME: &str = "cri-handler";
+    let remedy = format!(
+        "add config/containerd-*.toml to containerd's configuration and restart it \
+         (ctr, nerdctl and docker need none: --runtime {RUNTIME_TYPE})"
+    );
+    let merged = match output("containerd", &["config", "dump"]) {
+        Ok(text) => text,
+        Err(reason) => return Fact::bad(NAME, reason, remedy),
+    };
+    match runtime_type(&merged) {
+        Ok(Some(runtime)) if runtime == RUNTIME_TYPE => Fact::good(NAME, format!("{HANDLER} is {RUNTIME_TYPE}")),
+        Ok(Some(other)) => Fact::bad(NAME, format!("{HANDLER} is {other}"), remedy),
+        Ok(None) => Fact::bad(NAME, format!("containerd knows no runtime handler {HANDLER}"), remedy),
+        Err(error) => Fact::bad(NAME, format!("containerd's configuration is not TOML: {error}"), remedy),
+    }
+}
+
+/// The runtime type of the handler in containerd's merged configuration.
+fn runtime_type(merged: &str) -> Result<Option<String>, toml::de::Error> {
+    let config: toml::Table = merged.parse()?;
+    let find = |plugin: &&str| {
+        let runtimes = config.get("plugins")?.get(plugin)?.get("containerd")?.get("runtimes")?;
+        runtimes.get(HANDLER)?.get("runtime_type")?.as_str().map(str::to_owned)
+    };
+    Ok(CRI_PLUGINS.iter().find_map(find))
+}
+
+fn output(program: &str, args: &[&str]) -> Result<String, String> {
+    let output = Command::new(program).args(args).output().map_err(|error| format!("cannot run {program}: {error}"))?;
+    if !output.status.success() {
+        return Err(format!("`{program} {}` failed with {}", args.join(" "), output.status));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_of_all_packagers_are_read() {
+        let lines = [
+            ("containerd containerd.io 1.7.24 88bf19b2105c8b17560993bee28a01ddc2f97182", Some((1, 7))),
+            ("containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6", Some((1, 7))),
+            ("containerd github.com/containerd/containerd/v2 v2.1.4 75cb2b7193e4", Some((2, 1))),
+            ("something else", None),
+        ];
+        for (line, expected) in lines {
+            assert_eq!(version(line), expected, "{line}");
+        }
+    }
+
+    #[test]
+    fn an_old_containerd_is_refused() {
+        assert!(!version_fact("", Some((1, 6))).ok);
+        assert!(version_fact("", Some((2, 0))).ok);
+    }
+
+    #[test]
+    fn the_handler_is_found_in_both_configuration_versions() {
+        for plugin in CRI_PLUGINS {
+            let text = format!(
+                "[plugins.'{plugin}'.containerd.runtimes.mayu]\nruntime_type = '{RUNTIME_TYPE}'\n"
+            );
+            assert_eq!(runtime_type(&text).unwrap().as_deref(), Some(RUNTIME_TYPE));
+        }
+    }
+
+    #[test]
+    fn a_configuration_without_the_handler_has_none() {
+        let text = "version = 3\n[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\nruntime_type = 'io.containerd.runc.v2'\n";
+        assert_eq!(runtime_type(text).unwrap(), None);
+    }
+}

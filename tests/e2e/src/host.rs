@@ -1,0 +1,168 @@
+//! What there is on the host, to see that a pod is in its VM and leaves nothing behind.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::PATIENCE;
+
+/// A process of the host.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Process {
+    /// Its pid.
+    pub pid: u32,
+    /// Its command name.
+    pub name: String,
+    /// Its command line, arguments separated by spaces.
+    pub command: String,
+}
+
+/// All processes of the host.
+pub fn processes() -> Vec<Process> {
+    let pids = fs::read_dir("/proc").expect("/proc is mounted").flatten();
+    pids.filter_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        let name = fs::read_to_string(entry.path().join("comm"))
+            .ok()?
+            .trim()
+            .to_owned();
+        let command = fs::read(entry.path().join("cmdline")).ok()?;
+        let command = String::from_utf8_lossy(&command)
+            .replace('\0', " ")
+            .trim()
+            .to_owned();
+        Some(Process { pid, name, command })
+    })
+    .collect()
+}
+
+/// The processes whose command name is `name`, cut to 15 characters as the kernel does.
+pub fn processes_named(name: &str) -> Vec<Process> {
+    let name: String = name.chars().take(15).collect();
+    processes()
+        .into_iter()
+        .filter(|process| process.name == name)
+        .collect()
+}
+
+/// A line of /proc/<pid>/status, such as `Uid`.
+///
+/// # Panics
+/// There is no such process or line.
+pub fn process_status(pid: u32, field: &str) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process is there");
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    line.expect("the field is there").trim().to_owned()
+}
+
+/// The processes, mounts, sockets, directories and cgroups that pods make on a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Traces {
+    processes: BTreeSet<String>,
+    mounts: BTreeSet<String>,
+    files: BTreeSet<PathBuf>,
+    cgroups: BTreeSet<PathBuf>,
+    containerd_descriptors: usize,
+}
+
+impl Traces {
+    /// What is there now.
+    pub fn now() -> Self {
+        let ours =
+            |process: &Process| process.name.starts_with("containerd-shim") || process.name == "mayu-vmm";
+        let processes = processes()
+            .into_iter()
+            .filter(ours)
+            .map(|process| format!("{process:?}"))
+            .collect();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").expect("/proc is mounted");
+        // The id and parent id of a mount are no traces; where it is and what it is are.
+        let mounts = mounts
+            .lines()
+            .map(|line| line.split(' ').skip(2).collect::<Vec<_>>().join(" "))
+            .collect();
+        let mut files = BTreeSet::new();
+        for root in [
+            "/run/mayu",
+            "/run/containerd/s",
+            "/run/containerd/io.containerd.runtime.v2.task",
+            "/run/containerd/fifo",
+        ] {
+            collect(Path::new(root), &mut files, 3, &|_| true);
+        }
+        let mut cgroups = BTreeSet::new();
+        collect(Path::new("/sys/fs/cgroup"), &mut cgroups, 6, &|path| {
+            path.is_dir()
+        });
+        Self {
+            processes,
+            mounts,
+            files,
+            cgroups,
+            containerd_descriptors: containerd_descriptors(),
+        }
+    }
+
+    /// Waits until everything that has come since `self` is gone: containerd cleans up after it has answered.
+    /// containerd itself may keep a few descriptors more, but not one a pod.
+    ///
+    /// # Panics
+    /// Something stays.
+    #[track_caller]
+    pub fn assert_restored(&self, pods: usize) {
+        let started = Instant::now();
+        loop {
+            let left = Self::now().difference(self);
+            let descriptors = containerd_descriptors().saturating_sub(self.containerd_descriptors);
+            if left.is_empty() && descriptors <= pods / 4 + 4 {
+                return;
+            }
+            assert!(
+                started.elapsed() < PATIENCE,
+                "left behind: {left:#?}, {descriptors} descriptors in containerd"
+            );
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn difference(&self, before: &Self) -> Vec<String> {
+        let mut left: Vec<String> = self.processes.difference(&before.processes).cloned().collect();
+        left.extend(self.mounts.difference(&before.mounts).cloned());
+        left.extend(
+            self.files
+                .difference(&before.files)
+                .map(|path| path.display().to_string()),
+        );
+        left.extend(
+            self.cgroups
+                .difference(&before.cgroups)
+                .map(|path| path.display().to_string()),
+        );
+        left
+    }
+}
+
+fn collect(dir: &Path, into: &mut BTreeSet<PathBuf>, depth: usize, wanted: &dyn Fn(&Path) -> bool) {
+    let Ok(entries) = fs::read_dir(dir) else { return };
+    for path in entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| wanted(path))
+    {
+        if depth > 0 && path.is_dir() && !path.is_symlink() {
+            collect(&path, into, depth - 1, wanted);
+        }
+        into.insert(path);
+    }
+}
+
+fn containerd_descriptors() -> usize {
+    let pid = processes_named("containerd")
+        .first()
+        .map_or(0, |process| process.pid);
+    fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+}

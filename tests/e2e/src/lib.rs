@@ -1,0 +1,40 @@
+//! What the end-to-end tests drive containerd with: its own `ctr`, as a person would.
+//!
+//! The tests run as root on a host with containerd, mayu and a KVM, which is what the lab is. Nothing here talks to
+//! mayu except through containerd, save [`shim`], which looks at the return codes that `ctr` hides.
+
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test's way to fail"
+)]
+
+mod command;
+mod container;
+pub mod host;
+pub mod shim;
+pub mod spec;
+
+pub use command::{Outcome, run, run_with_input};
+pub use container::{Container, ctr};
+
+/// The runtime under test: mayu, unless `MAYU_E2E_RUNTIME` names another to hold the tests themselves against.
+pub fn runtime() -> String {
+    std::env::var("MAYU_E2E_RUNTIME").unwrap_or_else(|_| "io.containerd.mayu.v2".to_owned())
+}
+
+/// Debian's static busybox and nothing else.
+pub const BUSYBOX: &str = "docker.io/mayu/busybox:test";
+
+/// Debian with python3.
+pub const PYTHON: &str = "docker.io/mayu/python:test";
+
+/// Debian with redis-server and redis-benchmark.
+pub const REDIS: &str = "docker.io/mayu/redis:test";
+
+/// Debian with nginx.
+pub const NGINX: &str = "docker.io/mayu/nginx:test";
+
+/// How long anything may take before a test gives up on it. The lab's processor is software.
+pub const PATIENCE: std::time::Duration = std::time::Duration::from_secs(180);

@@ -1,0 +1,50 @@
+//! Pods come and go, and leave nothing.
+
+use std::thread;
+
+use mayu_e2e::host::Traces;
+use mayu_e2e::{BUSYBOX, Container};
+
+#[test]
+fn fifty_pods_one_after_another_leave_nothing() {
+    Container::sh(&[], "true").success();
+    let before = Traces::now();
+    for number in 0..50 {
+        let outcome = Container::run(
+            BUSYBOX,
+            &[],
+            &["sh", "-c", &format!("echo {number}; exit {}", number % 3)],
+        );
+        assert_eq!(
+            (outcome.code, outcome.text()),
+            (number % 3, number.to_string()),
+            "{}",
+            outcome.stderr
+        );
+    }
+    before.assert_restored(50);
+}
+
+#[test]
+fn eight_pods_at_once() {
+    let before = Traces::now();
+    thread::scope(|scope| {
+        let pods: Vec<_> = (0..8)
+            .map(|number| {
+                scope.spawn(move || {
+                    let container = Container::idle(&[]);
+                    let text = container.script(&format!("echo {number} > /tmp/file; cat /tmp/file"));
+                    (number, text, container)
+                })
+            })
+            .collect();
+        // All of them run before the first one goes.
+        let pods: Vec<_> = pods.into_iter().map(|pod| pod.join().unwrap()).collect();
+        for (number, text, container) in pods {
+            assert_eq!(text, number.to_string());
+            assert_eq!(container.script("cat /tmp/file"), number.to_string());
+            container.remove();
+        }
+    });
+    before.assert_restored(8);
+}

@@ -1,0 +1,24 @@
+//! End-to-end tests. They need root, containerd, an installed mayu and a KVM: `make e2e` runs them in the lab.
+
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test's way to fail"
+)]
+
+mod basics;
+mod check;
+mod cleanup;
+mod exec;
+mod faults;
+mod files;
+mod input;
+mod isolation;
+mod lifecycle;
+mod process;
+mod programs;
+mod resources;
+mod rpc;
+mod stdio;
+mod terminal;
