@@ -31,19 +31,35 @@ pub fn facts(cri: bool) -> Vec<Fact> {
 
 fn shim() -> Fact {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let found: Option<PathBuf> = std::env::split_paths(&path).map(|dir| dir.join(SHIM)).find(|file| file.is_file());
+    let found: Option<PathBuf> = std::env::split_paths(&path)
+        .map(|dir| dir.join(SHIM))
+        .find(|file| file.is_file());
     match found {
         Some(file) => program_fact("shim", &file),
-        None => Fact::bad("shim", format!("{SHIM} is not on the PATH"), "install mayu with `make install`"),
+        None => Fact::bad(
+            "shim",
+            format!("{SHIM} is not on the PATH"),
+            "install mayu with `make install`",
+        ),
     }
 }
 
 fn version_fact(text: &str, version: Option<(u32, u32)>) -> Fact {
     const NAME: &str = "containerd";
     match version {
-        Some((major, minor)) if (major, minor) >= (1, 7) => Fact::good(NAME, format!("version {major}.{minor}")),
-        Some((major, minor)) => Fact::bad(NAME, format!("version {major}.{minor}"), "install containerd 1.7 or 2.x"),
-        None => Fact::bad(NAME, format!("unknown version: {}", text.trim()), "install containerd 1.7 or 2.x"),
+        Some((major, minor)) if (major, minor) >= (1, 7) => {
+            Fact::good(NAME, format!("version {major}.{minor}"))
+        }
+        Some((major, minor)) => Fact::bad(
+            NAME,
+            format!("version {major}.{minor}"),
+            "install containerd 1.7 or 2.x",
+        ),
+        None => Fact::bad(
+            NAME,
+            format!("unknown version: {}", text.trim()),
+            "install containerd 1.7 or 2.x",
+        ),
     }
 }
 
@@ -66,10 +82,20 @@ fn handler() -> Fact {
         Err(reason) => return Fact::bad(NAME, reason, remedy),
     };
     match runtime_type(&merged) {
-        Ok(Some(runtime)) if runtime == RUNTIME_TYPE => Fact::good(NAME, format!("{HANDLER} is {RUNTIME_TYPE}")),
+        Ok(Some(runtime)) if runtime == RUNTIME_TYPE => {
+            Fact::good(NAME, format!("{HANDLER} is {RUNTIME_TYPE}"))
+        }
         Ok(Some(other)) => Fact::bad(NAME, format!("{HANDLER} is {other}"), remedy),
-        Ok(None) => Fact::bad(NAME, format!("containerd knows no runtime handler {HANDLER}"), remedy),
-        Err(error) => Fact::bad(NAME, format!("containerd's configuration is not TOML: {error}"), remedy),
+        Ok(None) => Fact::bad(
+            NAME,
+            format!("containerd knows no runtime handler {HANDLER}"),
+            remedy,
+        ),
+        Err(error) => Fact::bad(
+            NAME,
+            format!("containerd's configuration is not TOML: {error}"),
+            remedy,
+        ),
     }
 }
 
@@ -77,16 +103,31 @@ fn handler() -> Fact {
 fn runtime_type(merged: &str) -> Result<Option<String>, toml::de::Error> {
     let config: toml::Table = merged.parse()?;
     let find = |plugin: &&str| {
-        let runtimes = config.get("plugins")?.get(plugin)?.get("containerd")?.get("runtimes")?;
-        runtimes.get(HANDLER)?.get("runtime_type")?.as_str().map(str::to_owned)
+        let runtimes = config
+            .get("plugins")?
+            .get(plugin)?
+            .get("containerd")?
+            .get("runtimes")?;
+        runtimes
+            .get(HANDLER)?
+            .get("runtime_type")?
+            .as_str()
+            .map(str::to_owned)
     };
     Ok(CRI_PLUGINS.iter().find_map(find))
 }
 
 fn output(program: &str, args: &[&str]) -> Result<String, String> {
-    let output = Command::new(program).args(args).output().map_err(|error| format!("cannot run {program}: {error}"))?;
+    let output = Command::new(program)
+        .args(args)
+        .output()
+        .map_err(|error| format!("cannot run {program}: {error}"))?;
     if !output.status.success() {
-        return Err(format!("`{program} {}` failed with {}", args.join(" "), output.status));
+        return Err(format!(
+            "`{program} {}` failed with {}",
+            args.join(" "),
+            output.status
+        ));
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -98,9 +139,18 @@ mod tests {
     #[test]
     fn versions_of_all_packagers_are_read() {
         let lines = [
-            ("containerd containerd.io 1.7.24 88bf19b2105c8b17560993bee28a01ddc2f97182", Some((1, 7))),
-            ("containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6", Some((1, 7))),
-            ("containerd github.com/containerd/containerd/v2 v2.1.4 75cb2b7193e4", Some((2, 1))),
+            (
+                "containerd containerd.io 1.7.24 88bf19b2105c8b17560993bee28a01ddc2f97182",
+                Some((1, 7)),
+            ),
+            (
+                "containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6",
+                Some((1, 7)),
+            ),
+            (
+                "containerd github.com/containerd/containerd/v2 v2.1.4 75cb2b7193e4",
+                Some((2, 1)),
+            ),
             ("something else", None),
         ];
         for (line, expected) in lines {
@@ -117,9 +167,8 @@ mod tests {
     #[test]
     fn the_handler_is_found_in_both_configuration_versions() {
         for plugin in CRI_PLUGINS {
-            let text = format!(
-                "[plugins.'{plugin}'.containerd.runtimes.mayu]\nruntime_type = '{RUNTIME_TYPE}'\n"
-            );
+            let text =
+                format!("[plugins.'{plugin}'.containerd.runtimes.mayu]\nruntime_type = '{RUNTIME_TYPE}'\n");
             assert_eq!(runtime_type(&text).unwrap().as_deref(), Some(RUNTIME_TYPE));
         }
     }

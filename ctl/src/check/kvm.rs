@@ -5,8 +5,8 @@ use std::path::Path;
 
 use kvm_ioctls::{Cap, Kvm};
 
-use super::probe::{self, Verdict};
 use super::Fact;
+use super::probe::{self, Verdict};
 
 const DEVICE: &str = "/dev/kvm";
 
@@ -64,31 +64,51 @@ fn interface(kvm: &Kvm) -> Fact {
         let found = format!("API version {version} instead of {API_VERSION}");
         return Fact::bad("kvm-interface", found, "use a Linux kernel of 5.10 or later");
     }
-    let missing: Vec<_> =
-        CAPABILITIES.iter().filter(|(cap, _)| !kvm.check_extension(*cap)).map(|(_, purpose)| *purpose).collect();
+    let missing: Vec<_> = CAPABILITIES
+        .iter()
+        .filter(|(cap, _)| !kvm.check_extension(*cap))
+        .map(|(_, purpose)| *purpose)
+        .collect();
     if missing.is_empty() {
-        Fact::good("kvm-interface", format!("API version {version}, all {} capabilities", CAPABILITIES.len()))
+        Fact::good(
+            "kvm-interface",
+            format!("API version {version}, all {} capabilities", CAPABILITIES.len()),
+        )
     } else {
         let found = format!("no support for: {}", missing.join(", "));
-        Fact::bad("kvm-interface", found, "use a Linux kernel of 5.10 or later with an ordinary KVM")
+        Fact::bad(
+            "kvm-interface",
+            found,
+            "use a Linux kernel of 5.10 or later with an ordinary KVM",
+        )
     }
 }
 
 fn execution(kvm: &Kvm) -> Fact {
     const NAME: &str = "kvm-execution";
-    const REMEDY: &str = "use a host whose KVM runs guest kernels on the processor: bare metal, or real nested virtualisation";
+    const REMEDY: &str =
+        "use a host whose KVM runs guest kernels on the processor: bare metal, or real nested virtualisation";
     match probe::run(kvm) {
-        Ok(Verdict::Native { slowdown }) => {
-            Fact::good(NAME, format!("guest kernel code runs natively ({slowdown:.1} times the host's own time)"))
-        }
+        Ok(Verdict::Native { slowdown }) => Fact::good(
+            NAME,
+            format!("guest kernel code runs natively ({slowdown:.1} times the host's own time)"),
+        ),
         Ok(Verdict::Emulated { slowdown }) => Fact::bad(
             NAME,
-            format!("guest kernel code is emulated, {slowdown:.0} times slower than on the host; no stock kernel boots"),
+            format!(
+                "guest kernel code is emulated, {slowdown:.0} times slower than on the host; no stock kernel boots"
+            ),
             REMEDY,
         ),
-        Ok(Verdict::Incomplete { instruction, exit }) => {
-            Fact::bad(NAME, format!("a guest kernel cannot execute {instruction}: {exit}"), REMEDY)
-        }
-        Err(error) => Fact::bad(NAME, error.to_string(), "see the kernel's log for why KVM refuses"),
+        Ok(Verdict::Incomplete { instruction, exit }) => Fact::bad(
+            NAME,
+            format!("a guest kernel cannot execute {instruction}: {exit}"),
+            REMEDY,
+        ),
+        Err(error) => Fact::bad(
+            NAME,
+            error.to_string(),
+            "see the kernel's log for why KVM refuses",
+        ),
     }
 }

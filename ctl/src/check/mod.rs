@@ -7,7 +7,7 @@ mod kvm;
 mod probe;
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use mayu_shim::config::Config;
@@ -19,9 +19,9 @@ pub struct Args {
     /// Print JSON instead of lines for people.
     #[arg(long)]
     json: bool,
-    /// The configuration file to go by.
-    #[arg(long, value_name = "FILE", default_value = mayu_shim::config::DEFAULT_PATH)]
-    config: PathBuf,
+    /// The configuration file to go by, instead of the shim's own.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Verify this guest kernel instead of the configured one.
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
@@ -46,11 +46,21 @@ pub struct Fact {
 
 impl Fact {
     fn good(name: &'static str, found: impl Into<String>) -> Self {
-        Self { name, ok: true, found: found.into(), remedy: None }
+        Self {
+            name,
+            ok: true,
+            found: found.into(),
+            remedy: None,
+        }
     }
 
     fn bad(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { name, ok: false, found: found.into(), remedy: Some(remedy.into()) }
+        Self {
+            name,
+            ok: false,
+            found: found.into(),
+            remedy: Some(remedy.into()),
+        }
     }
 }
 
@@ -74,18 +84,30 @@ pub fn run(args: &Args) -> ExitCode {
 fn gather(args: &Args) -> Vec<Fact> {
     let mut facts = kvm::facts();
     facts.extend(host::facts());
-    match Config::load(&args.config) {
+    match load_config(args.config.as_deref()) {
         Ok(config) => {
-            facts.push(Fact::good("configuration", format!("{} is valid", args.config.display())));
+            facts.push(Fact::good("configuration", "valid"));
             facts.push(host::memory(&config));
             facts.extend(guest::facts(&config, args.kernel.as_deref()));
         }
         Err(error) => {
-            facts.push(Fact::bad("configuration", error.to_string(), "correct the file, or remove it for the defaults"));
+            facts.push(Fact::bad(
+                "configuration",
+                error,
+                "correct the file, or remove it for the defaults",
+            ));
         }
     }
     facts.extend(containerd::facts(!args.no_cri));
     facts
+}
+
+fn load_config(path: Option<&Path>) -> Result<Config, String> {
+    let Some(path) = path else {
+        return Config::load().map_err(|error| error.to_string());
+    };
+    let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    Config::parse(&text, path).map_err(|error| error.to_string())
 }
 
 fn print(facts: &[Fact], ok: bool, json: bool) -> std::io::Result<()> {
@@ -101,6 +123,10 @@ fn print(facts: &[Fact], ok: bool, json: bool) -> std::io::Result<()> {
             writeln!(out, "      {:<18} → {remedy}", "")?;
         }
     }
-    let verdict = if ok { "A pod would start on this host." } else { "A pod would NOT start on this host." };
+    let verdict = if ok {
+        "A pod would start on this host."
+    } else {
+        "A pod would NOT start on this host."
+    };
     writeln!(out, "\n{verdict}")
 }

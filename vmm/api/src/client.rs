@@ -97,7 +97,7 @@ impl VmmClient {
             let mut ready = self.socket.ready(Interest::WRITABLE).await.map_err(Error::Send)?;
             match frame::send(self.socket.as_fd(), message, fds) {
                 Err(Error::Send(error)) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                    ready.clear_ready()
+                    ready.clear_ready();
                 }
                 result => return result,
             }
@@ -154,7 +154,7 @@ async fn receive(socket: &AsyncFd<OwnedFd>) -> Result<(Message, Vec<OwnedFd>)> {
         let mut ready = socket.readable().await.map_err(Error::Receive)?;
         match frame::receive(socket.as_fd()) {
             Err(Error::Receive(error)) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                ready.clear_ready()
+                ready.clear_ready();
             }
             result => return result,
         }
