@@ -29,6 +29,24 @@ pub enum Error {
         /// What virtio-queue says.
         source: virtio_queue::Error,
     },
+    /// The driver enabled a queue that no device could use.
+    #[error("virtio device type {device_type}: queue {queue}: {problem}")]
+    QueueSetup {
+        /// The device's type (virtio 1.2, 5).
+        device_type: u32,
+        /// The queue's number.
+        queue: usize,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// A saved state is not one of the device that it is to be restored into.
+    #[error("virtio device type {device_type}: cannot restore: {problem}")]
+    RestoreDevice {
+        /// The device's type (virtio 1.2, 5).
+        device_type: u32,
+        /// What does not fit.
+        problem: &'static str,
+    },
     /// A device's backend failed.
     #[error("virtio-{device}: cannot {operation}: {source}")]
     Device {

@@ -3,6 +3,9 @@
 //! [`transport::MmioTransport`] owns everything that all devices have in common: status, feature negotiation,
 //! queue set-up and its freezing, interrupts, reset. A [`VirtioDevice`] is handed what it needs when the driver
 //! is ready and implements only what it does.
+//!
+//! The driver is hostile. `queue` checks where it puts its rings, [`chain`] what it puts into a descriptor chain;
+//! what remains to a device is the meaning of the bytes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -16,8 +19,12 @@ use crate::error::Result;
 use crate::event_loop::Registrar;
 
 pub mod block;
+pub mod chain;
 pub mod fs;
+mod queue;
 pub mod rng;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod transport;
 pub mod vsock;
 
@@ -77,6 +84,15 @@ impl Interrupt {
         &self.line
     }
 
+    /// Takes up saved bits of `InterruptStatus`. Raises the line for them, since a driver that was told before the
+    /// save may not have been interrupted yet; one that has been takes it for a spurious interrupt.
+    fn restore(&self, bits: u32) -> std::io::Result<()> {
+        match bits {
+            0 => Ok(()),
+            bits => self.raise(bits),
+        }
+    }
+
     fn raise(&self, bit: u32) -> std::io::Result<()> {
         self.status.fetch_or(bit, Ordering::SeqCst);
         self.line.write(1)
@@ -87,7 +103,8 @@ impl Interrupt {
 pub struct Activation {
     /// All of guest memory.
     pub memory: GuestMemory,
-    /// The device's queues, set up by the driver, checked, and frozen until reset.
+    /// The device's queues, set up by the driver, checked, and frozen until reset. One that the driver left out
+    /// is there too, but not `ready()`.
     pub queues: Vec<Queue>,
     /// One eventfd per queue, written by KVM when the driver kicks it.
     pub queue_events: Vec<EventFd>,
@@ -115,7 +132,8 @@ impl Health {
         self.errors.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Counts an error after which the device can do nothing before it is reset.
+    /// Counts an error after which the device can do nothing before it is reset. The transport looks after each
+    /// event that it delivers and tells the driver; a worker thread calls [`Interrupt::config_changed`] itself.
     pub fn set_broken(&self) {
         self.count_error();
         self.broken.store(true, Ordering::SeqCst);
@@ -167,7 +185,13 @@ pub trait VirtioDevice: Send {
     fn queue_sizes(&self) -> &[u16];
     /// Fills `out` with its configuration from `offset` on; what lies beyond reads as zero.
     fn read_config(&self, offset: u64, out: &mut [u8]);
-    /// The driver is ready.
+    /// Differs whenever `read_config` may answer differently (virtio 1.2, 4.2.2.1). Only a device whose
+    /// configuration changes has to say something here.
+    fn config_generation(&self) -> u32 {
+        0
+    }
+    /// The driver is ready. The queues may already have positions, after a restore: the device waits for a kick,
+    /// or for `resume`, before it looks into them.
     ///
     /// # Errors
     /// The device cannot work; the transport sets DEVICE_NEEDS_RESET.
@@ -186,6 +210,14 @@ pub trait VirtioDevice: Send {
     fn resume(&mut self);
     /// Everything that a device built with the same resources needs to go on from here. Legal while paused.
     fn save(&self) -> DeviceState;
+    /// Takes up a saved state. Called at most once, before `activate`. A device that keeps nothing beside its
+    /// queues has nothing to do.
+    ///
+    /// # Errors
+    /// The state is another device's.
+    fn restore(&mut self, _state: &DeviceState) -> Result<()> {
+        Ok(())
+    }
     /// Its queues' positions, for the transport to save. Legal while paused; empty before `activate`.
     fn queue_states(&self) -> Vec<virtio_queue::QueueState>;
 }

@@ -1,0 +1,445 @@
+//! A driver for tests: it runs a device behind its real transport and writes virtqueues into guest memory byte by
+//! byte, so that it can also write what no driver may.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_mmio::*;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::transport::MmioTransport;
+use super::{DeviceEvent, GuestMemory, Interrupt, VirtioDevice};
+use crate::event_loop::Registrar;
+
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
+
+/// The device's status when its driver has done everything right.
+pub(crate) const RUNNING: u32 = 0xf;
+pub(crate) const NEEDS_RESET: u32 = 0x40;
+
+/// Guest memory: some from zero, then the hole, then some more from 4 GiB on.
+pub(crate) const LOW_MEMORY: u64 = 64 << 20;
+pub(crate) const HIGH_MEMORY: u64 = 1 << 32;
+pub(crate) const HIGH_MEMORY_SIZE: u64 = 1 << 20;
+
+/// Where the first queue lies, and how much room each one has.
+const QUEUES: u64 = 0x1_0000;
+
+/// Where the buffers of [`Driver::alloc`] start.
+const BUFFERS: u64 = 1 << 20;
+
+/// How long the device may do nothing before a test fails, in milliseconds. Only a failing test waits for it.
+const PATIENCE: i32 = 30_000;
+
+/// The event loop's word for the interrupt line.
+const INTERRUPT: u64 = u64::MAX;
+
+pub(crate) fn guest_memory() -> GuestMemory {
+    let regions = [
+        (GuestAddress(0), usize::try_from(LOW_MEMORY).unwrap()),
+        (
+            GuestAddress(HIGH_MEMORY),
+            usize::try_from(HIGH_MEMORY_SIZE).unwrap(),
+        ),
+    ];
+    GuestMemory::new(GuestMemoryMmap::from_ranges(&regions).unwrap())
+}
+
+/// One descriptor as it lies in guest memory (virtio 1.2, 2.7.5).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Descriptor {
+    pub address: u64,
+    pub length: u32,
+    pub flags: u16,
+    pub next: u16,
+}
+
+impl Descriptor {
+    /// A buffer that the device reads; [`DriverQueue::add`] links it.
+    pub(crate) fn readable(address: u64, length: u32) -> Self {
+        Self {
+            address,
+            length,
+            flags: 0,
+            next: 0,
+        }
+    }
+
+    /// A buffer that the device writes.
+    pub(crate) fn writable(address: u64, length: u32) -> Self {
+        Self {
+            flags: WRITE,
+            ..Self::readable(address, length)
+        }
+    }
+
+    /// A table of `count` descriptors.
+    pub(crate) fn indirect(address: u64, count: u32) -> Self {
+        Self {
+            flags: INDIRECT,
+            ..Self::readable(address, count * 16)
+        }
+    }
+
+    fn bytes(self) -> Vec<u8> {
+        let mut bytes = self.address.to_le_bytes().to_vec();
+        bytes.extend(self.length.to_le_bytes());
+        bytes.extend(self.flags.to_le_bytes());
+        bytes.extend(self.next.to_le_bytes());
+        bytes
+    }
+}
+
+/// Links descriptors one after the other, the first of them being number `first` of `size`.
+pub(crate) fn link(chain: &[Descriptor], first: u16, size: u16) -> Vec<Descriptor> {
+    let mut linked = chain.to_vec();
+    for (number, descriptor) in linked.iter_mut().rev().skip(1).rev().enumerate() {
+        descriptor.flags |= NEXT;
+        descriptor.next = (first + u16::try_from(number).unwrap() + 1) % size;
+    }
+    linked
+}
+
+/// A used element: the chain's head and how many bytes the device wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Used {
+    pub head: u32,
+    pub length: u32,
+}
+
+/// One split virtqueue from the driver's side.
+pub(crate) struct DriverQueue {
+    memory: GuestMemory,
+    pub size: u16,
+    pub descriptor_table: u64,
+    pub avail_ring: u64,
+    pub used_ring: u64,
+    next_descriptor: u16,
+    avail_index: u16,
+    used_index: u16,
+}
+
+impl DriverQueue {
+    pub(crate) fn new(memory: &GuestMemory, number: usize, size: u16) -> Self {
+        let base = QUEUES + u64::try_from(number).unwrap() * 0x1_0000;
+        Self {
+            memory: memory.clone(),
+            size,
+            descriptor_table: base,
+            avail_ring: base + 0x8000,
+            used_ring: base + 0xc000,
+            next_descriptor: 0,
+            avail_index: 0,
+            used_index: 0,
+        }
+    }
+
+    /// Writes one descriptor of the table.
+    pub(crate) fn write_descriptor(&self, number: u16, descriptor: Descriptor) {
+        write(
+            &self.memory,
+            self.descriptor_table + u64::from(number) * 16,
+            &descriptor.bytes(),
+        );
+    }
+
+    /// Links the descriptors, puts them where none were before (the table is used round and round), and makes them
+    /// available. Returns the head.
+    pub(crate) fn add(&mut self, chain: &[Descriptor]) -> u16 {
+        let head = self.next_descriptor;
+        for descriptor in link(chain, head, self.size) {
+            self.write_descriptor(self.next_descriptor, descriptor);
+            self.next_descriptor = (self.next_descriptor + 1) % self.size;
+        }
+        self.publish(head);
+        head
+    }
+
+    /// Makes the chain at `head` available.
+    pub(crate) fn publish(&mut self, head: u16) {
+        let slot = u64::from(self.avail_index % self.size);
+        write(&self.memory, self.avail_ring + 4 + 2 * slot, &head.to_le_bytes());
+        self.set_avail_index(self.avail_index.wrapping_add(1));
+    }
+
+    /// Says how many chains were ever made available.
+    pub(crate) fn set_avail_index(&mut self, index: u16) {
+        self.avail_index = index;
+        write(&self.memory, self.avail_ring + 2, &index.to_le_bytes());
+    }
+
+    /// With event indices: asks for an interrupt once the used index passes `index`.
+    pub(crate) fn set_used_event(&self, index: u16) {
+        let address = self.avail_ring + 4 + 2 * u64::from(self.size);
+        write(&self.memory, address, &index.to_le_bytes());
+    }
+
+    /// How many chains the device has used that `used` has not returned yet.
+    pub(crate) fn pending(&self) -> u16 {
+        let index = read(&self.memory, self.used_ring + 2, 2);
+        u16::from_le_bytes(index.try_into().unwrap()).wrapping_sub(self.used_index)
+    }
+
+    /// What the device has used since the last call.
+    pub(crate) fn used(&mut self) -> Vec<Used> {
+        let mut used = Vec::new();
+        for _ in 0..self.pending() {
+            let slot = u64::from(self.used_index % self.size);
+            let element = read(&self.memory, self.used_ring + 4 + 8 * slot, 8);
+            let (head, length) = element.split_at(4);
+            used.push(Used {
+                head: u32::from_le_bytes(head.try_into().unwrap()),
+                length: u32::from_le_bytes(length.try_into().unwrap()),
+            });
+            self.used_index = self.used_index.wrapping_add(1);
+        }
+        used
+    }
+
+    fn restart(&mut self) {
+        write(&self.memory, self.descriptor_table, &[0; 0x1_0000]);
+        (self.next_descriptor, self.avail_index, self.used_index) = (0, 0, 0);
+    }
+}
+
+/// A device, its transport, an event loop, and the driver's half of it all.
+pub(crate) struct Driver {
+    pub memory: GuestMemory,
+    pub transport: MmioTransport,
+    pub queues: Vec<DriverQueue>,
+    /// How often the interrupt line was found raised.
+    pub interrupts: u64,
+    epoll: Arc<Epoll>,
+    next_buffer: u64,
+}
+
+impl Driver {
+    /// A machine with this device, freshly powered on.
+    pub(crate) fn new(device: Box<dyn VirtioDevice>) -> Self {
+        Self::with_memory(device, guest_memory())
+    }
+
+    fn with_memory(device: Box<dyn VirtioDevice>, memory: GuestMemory) -> Self {
+        let epoll = Arc::new(Epoll::new().unwrap());
+        let interrupt = Interrupt::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        epoll
+            .ctl(
+                ControlOperation::Add,
+                interrupt.line().as_raw_fd(),
+                EpollEvent::new(EventSet::IN, INTERRUPT),
+            )
+            .unwrap();
+        let sizes = device.queue_sizes().to_vec();
+        let events = sizes
+            .iter()
+            .map(|_| EventFd::new(EFD_NONBLOCK).unwrap())
+            .collect();
+        let queues = sizes
+            .iter()
+            .enumerate()
+            .map(|(number, &size)| DriverQueue::new(&memory, number, size))
+            .collect();
+        let registrar = Registrar::new(Arc::clone(&epoll), 0);
+        Self {
+            transport: MmioTransport::new(device, memory.clone(), interrupt, events, registrar),
+            memory,
+            queues,
+            interrupts: 0,
+            epoll,
+            next_buffer: BUFFERS,
+        }
+    }
+
+    /// Goes on with another device in the same place, as after a restore. Guest memory and the driver's own state
+    /// stay as they are.
+    pub(crate) fn move_to(self, device: Box<dyn VirtioDevice>) -> Self {
+        let mut moved = Self::with_memory(device, self.memory);
+        moved.queues = self.queues;
+        moved.next_buffer = self.next_buffer;
+        moved
+    }
+
+    /// Everything from reset to DRIVER_OK, with all queues and exactly these features beside VERSION_1.
+    pub(crate) fn start(&mut self, features: u64) {
+        self.negotiate(features);
+        for number in 0..self.queues.len() {
+            self.set_up_queue(number);
+        }
+        self.write_register(VIRTIO_MMIO_STATUS, RUNNING);
+        assert_eq!(self.status(), RUNNING, "{:?}", self.transport.take_failure());
+    }
+
+    /// From reset to FEATURES_OK.
+    pub(crate) fn negotiate(&mut self, features: u64) {
+        self.write_register(VIRTIO_MMIO_STATUS, 0);
+        for queue in &mut self.queues {
+            queue.restart();
+        }
+        self.write_register(VIRTIO_MMIO_STATUS, 1);
+        self.write_register(VIRTIO_MMIO_STATUS, 3);
+        let features = features | 1 << 32;
+        for (select, half) in [(0, features & 0xffff_ffff), (1, features >> 32)] {
+            self.write_register(VIRTIO_MMIO_DRIVER_FEATURES_SEL, select);
+            self.write_register(VIRTIO_MMIO_DRIVER_FEATURES, u32::try_from(half).unwrap());
+        }
+        self.write_register(VIRTIO_MMIO_STATUS, 0xb);
+        assert_eq!(self.status(), 0xb, "the device refuses these features");
+    }
+
+    /// Tells the device where a queue lies, and that it is ready.
+    pub(crate) fn set_up_queue(&mut self, number: usize) {
+        let queue = &self.queues[number];
+        let (size, addresses) = (
+            u32::from(queue.size),
+            [
+                (VIRTIO_MMIO_QUEUE_DESC_LOW, queue.descriptor_table),
+                (VIRTIO_MMIO_QUEUE_AVAIL_LOW, queue.avail_ring),
+                (VIRTIO_MMIO_QUEUE_USED_LOW, queue.used_ring),
+            ],
+        );
+        self.write_register(VIRTIO_MMIO_QUEUE_SEL, u32::try_from(number).unwrap());
+        self.write_register(VIRTIO_MMIO_QUEUE_NUM, size);
+        for (register, address) in addresses {
+            self.write_register(register, u32::try_from(address & 0xffff_ffff).unwrap());
+            self.write_register(register + 4, u32::try_from(address >> 32).unwrap());
+        }
+        self.write_register(VIRTIO_MMIO_QUEUE_READY, 1);
+    }
+
+    pub(crate) fn status(&mut self) -> u32 {
+        self.read_register(VIRTIO_MMIO_STATUS)
+    }
+
+    pub(crate) fn read_register(&mut self, register: u32) -> u32 {
+        let mut data = [0; 4];
+        self.transport.read(u64::from(register), &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    pub(crate) fn write_register(&mut self, register: u32, value: u32) {
+        self.transport.write(u64::from(register), &value.to_le_bytes());
+    }
+
+    /// Reads the device's configuration.
+    pub(crate) fn config(&mut self, offset: u64, length: usize) -> Vec<u8> {
+        let mut data = vec![0xee; length];
+        self.transport
+            .read(u64::from(VIRTIO_MMIO_CONFIG) + offset, &mut data);
+        data
+    }
+
+    /// Handles an interrupt as a driver does: reads its reasons and acknowledges them.
+    pub(crate) fn take_interrupt(&mut self) -> u32 {
+        let reasons = self.read_register(VIRTIO_MMIO_INTERRUPT_STATUS);
+        self.write_register(VIRTIO_MMIO_INTERRUPT_ACK, reasons);
+        reasons
+    }
+
+    /// Tells the device that a queue has new chains.
+    pub(crate) fn kick(&mut self, queue: u16) {
+        self.write_register(VIRTIO_MMIO_QUEUE_NOTIFY, u32::from(queue));
+    }
+
+    /// Kicks the queue and waits until the device has used `count` chains of it.
+    pub(crate) fn exchange(&mut self, queue: u16, count: u16) -> Vec<Used> {
+        self.kick(queue);
+        let queue = usize::from(queue);
+        self.run_until(|driver| driver.queues[queue].pending() >= count);
+        self.queues[queue].used()
+    }
+
+    /// Runs the event loop as long as something is ready.
+    pub(crate) fn run(&mut self) {
+        while self.dispatch(0) > 0 {}
+    }
+
+    /// Runs the event loop until `condition` holds.
+    pub(crate) fn run_until(&mut self, mut condition: impl FnMut(&mut Self) -> bool) {
+        while !condition(self) {
+            assert_ne!(self.dispatch(PATIENCE), 0, "the device does nothing");
+        }
+    }
+
+    /// Runs the event loop until the device has broken down, for which it interrupts.
+    pub(crate) fn run_until_broken(&mut self) {
+        self.run_until(|driver| driver.status() & NEEDS_RESET != 0);
+        self.run();
+    }
+
+    /// A piece of guest memory that nothing else uses.
+    pub(crate) fn alloc(&mut self, length: usize) -> u64 {
+        let address = self.next_buffer;
+        self.next_buffer += u64::try_from(length.next_multiple_of(64)).unwrap();
+        assert!(self.next_buffer <= LOW_MEMORY, "guest memory is full");
+        address
+    }
+
+    /// A piece of guest memory with these bytes.
+    pub(crate) fn alloc_bytes(&mut self, bytes: &[u8]) -> u64 {
+        let address = self.alloc(bytes.len());
+        self.write(address, bytes);
+        address
+    }
+
+    /// A table for [`Descriptor::indirect`] with these descriptors, as they are.
+    pub(crate) fn alloc_table(&mut self, descriptors: &[Descriptor]) -> u64 {
+        let bytes: Vec<u8> = descriptors
+            .iter()
+            .flat_map(|descriptor| descriptor.bytes())
+            .collect();
+        self.alloc_bytes(&bytes)
+    }
+
+    pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
+        write(&self.memory, address, bytes);
+    }
+
+    pub(crate) fn read(&self, address: u64, length: usize) -> Vec<u8> {
+        read(&self.memory, address, length)
+    }
+
+    /// Waits for events and handles them; returns how many there were.
+    fn dispatch(&mut self, timeout: i32) -> usize {
+        let mut events = [EpollEvent::default(); 16];
+        let count = self.epoll.wait(timeout, &mut events).unwrap();
+        for event in &events[..count] {
+            if event.data() == INTERRUPT {
+                // Another event's handling may have raised or taken it meanwhile.
+                self.interrupts += u64::from(self.transport.interrupt().line().read().is_ok());
+                continue;
+            }
+            let token = u32::try_from(event.data() & 0xffff_ffff).unwrap();
+            if event.data() & 1 << 32 == 0 {
+                let set = event.event_set();
+                self.transport.process(DeviceEvent::Backend {
+                    token,
+                    readable: set.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::ERROR),
+                    writable: set.contains(EventSet::OUT),
+                });
+                continue;
+            }
+            let queue = u16::try_from(token).unwrap();
+            if self.transport.queue_event(queue).unwrap().read().is_ok() {
+                self.transport.process(DeviceEvent::Queue(queue));
+            }
+        }
+        count
+    }
+}
+
+fn write(memory: &GuestMemory, address: u64, bytes: &[u8]) {
+    memory.memory().write_slice(bytes, GuestAddress(address)).unwrap();
+}
+
+fn read(memory: &GuestMemory, address: u64, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    memory
+        .memory()
+        .read_slice(&mut bytes, GuestAddress(address))
+        .unwrap();
+    bytes
+}
