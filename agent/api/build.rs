@@ -14,14 +14,8 @@ fn main() -> std::io::Result<()> {
         .out_dir(&out)
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(false))
-        .customize(Customize {
-            async_all: true,
-            ..Default::default()
-        })
+        .customize(Customize { async_all: true, ..Default::default() })
         .run()?;
     // The generators' own mod.rs starts with an inner attribute, which `include!` does not take.
-    std::fs::write(
-        Path::new(&out).join("modules.rs"),
-        "pub mod sandbox;\npub mod sandbox_ttrpc;\n",
-    )
+    std::fs::write(Path::new(&out).join("modules.rs"), "pub mod sandbox;\npub mod sandbox_ttrpc;\n")
 }

@@ -101,14 +101,7 @@ mod tests {
 
     #[test]
     fn anything_else_is_no_stream_id() {
-        for text in [
-            "",
-            "stream:",
-            "stream:-1",
-            "stream:18446744073709551616",
-            "/run/fifo",
-            "stream:1 ",
-        ] {
+        for text in ["", "stream:", "stream:-1", "stream:18446744073709551616", "/run/fifo", "stream:1 "] {
             assert_eq!(text.parse::<StreamId>(), Err(InvalidStreamId), "{text}");
         }
     }

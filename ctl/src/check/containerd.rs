@@ -31,16 +31,11 @@ pub fn facts(cri: bool) -> Vec<Fact> {
 
 fn shim() -> Fact {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let found: Option<PathBuf> = std::env::split_paths(&path)
-        .map(|dir| dir.join(SHIM))
-        .find(|file| file.is_file());
+    let found: Option<PathBuf> =
+        std::env::split_paths(&path).map(|dir| dir.join(SHIM)).find(|file| file.is_file());
     match found {
         Some(file) => program_fact("shim", &file),
-        None => Fact::bad(
-            "shim",
-            format!("{SHIM} is not on the PATH"),
-            "install mayu with `make install`",
-        ),
+        None => Fact::bad("shim", format!("{SHIM} is not on the PATH"), "install mayu with `make install`"),
     }
 }
 
@@ -50,16 +45,10 @@ fn version_fact(text: &str, version: Option<(u32, u32)>) -> Fact {
         Some((major, minor)) if (major, minor) >= (1, 7) => {
             Fact::good(NAME, format!("version {major}.{minor}"))
         }
-        Some((major, minor)) => Fact::bad(
-            NAME,
-            format!("version {major}.{minor}"),
-            "install containerd 1.7 or 2.x",
-        ),
-        None => Fact::bad(
-            NAME,
-            format!("unknown version: {}", text.trim()),
-            "install containerd 1.7 or 2.x",
-        ),
+        Some((major, minor)) => {
+            Fact::bad(NAME, format!("version {major}.{minor}"), "install containerd 1.7 or 2.x")
+        }
+        None => Fact::bad(NAME, format!("unknown version: {}", text.trim()), "install containerd 1.7 or 2.x"),
     }
 }
 
@@ -86,16 +75,8 @@ fn handler() -> Fact {
             Fact::good(NAME, format!("{HANDLER} is {RUNTIME_TYPE}"))
         }
         Ok(Some(other)) => Fact::bad(NAME, format!("{HANDLER} is {other}"), remedy),
-        Ok(None) => Fact::bad(
-            NAME,
-            format!("containerd knows no runtime handler {HANDLER}"),
-            remedy,
-        ),
-        Err(error) => Fact::bad(
-            NAME,
-            format!("containerd's configuration is not TOML: {error}"),
-            remedy,
-        ),
+        Ok(None) => Fact::bad(NAME, format!("containerd knows no runtime handler {HANDLER}"), remedy),
+        Err(error) => Fact::bad(NAME, format!("containerd's configuration is not TOML: {error}"), remedy),
     }
 }
 
@@ -103,16 +84,8 @@ fn handler() -> Fact {
 fn runtime_type(merged: &str) -> Result<Option<String>, toml::de::Error> {
     let config: toml::Table = merged.parse()?;
     let find = |plugin: &&str| {
-        let runtimes = config
-            .get("plugins")?
-            .get(plugin)?
-            .get("containerd")?
-            .get("runtimes")?;
-        runtimes
-            .get(HANDLER)?
-            .get("runtime_type")?
-            .as_str()
-            .map(str::to_owned)
+        let runtimes = config.get("plugins")?.get(plugin)?.get("containerd")?.get("runtimes")?;
+        runtimes.get(HANDLER)?.get("runtime_type")?.as_str().map(str::to_owned)
     };
     Ok(CRI_PLUGINS.iter().find_map(find))
 }
@@ -123,11 +96,7 @@ fn output(program: &str, args: &[&str]) -> Result<String, String> {
         .output()
         .map_err(|error| format!("cannot run {program}: {error}"))?;
     if !output.status.success() {
-        return Err(format!(
-            "`{program} {}` failed with {}",
-            args.join(" "),
-            output.status
-        ));
+        return Err(format!("`{program} {}` failed with {}", args.join(" "), output.status));
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -139,18 +108,9 @@ mod tests {
     #[test]
     fn versions_of_all_packagers_are_read() {
         let lines = [
-            (
-                "containerd containerd.io 1.7.24 88bf19b2105c8b17560993bee28a01ddc2f97182",
-                Some((1, 7)),
-            ),
-            (
-                "containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6",
-                Some((1, 7)),
-            ),
-            (
-                "containerd github.com/containerd/containerd/v2 v2.1.4 75cb2b7193e4",
-                Some((2, 1)),
-            ),
+            ("containerd containerd.io 1.7.24 88bf19b2105c8b17560993bee28a01ddc2f97182", Some((1, 7))),
+            ("containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6", Some((1, 7))),
+            ("containerd github.com/containerd/containerd/v2 v2.1.4 75cb2b7193e4", Some((2, 1))),
             ("something else", None),
         ];
         for (line, expected) in lines {

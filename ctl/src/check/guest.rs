@@ -68,14 +68,12 @@ fn kernel_fact(path: &Path) -> Fact {
     const NAME: &str = "guest-kernel";
     let found = |text: &str| format!("{}: {text}", path.display());
     match inspect_kernel(path) {
-        Ok(None) => Fact::good(
-            NAME,
-            found("64-bit ELF; its configuration is not embedded, so it is not verified"),
-        ),
-        Ok(Some(missing)) if missing.is_empty() => Fact::good(
-            NAME,
-            found(&format!("64-bit ELF with all {} options", REQUIRED.len())),
-        ),
+        Ok(None) => {
+            Fact::good(NAME, found("64-bit ELF; its configuration is not embedded, so it is not verified"))
+        }
+        Ok(Some(missing)) if missing.is_empty() => {
+            Fact::good(NAME, found(&format!("64-bit ELF with all {} options", REQUIRED.len())))
+        }
         Ok(Some(missing)) => {
             let options: Vec<_> = missing.iter().map(|option| format!("CONFIG_{option}")).collect();
             Fact::bad(
@@ -100,21 +98,14 @@ fn inspect_kernel(path: &Path) -> Result<Option<Vec<&'static str>>, String> {
         return Err(format!("{size} bytes is no kernel"));
     }
     let mut bytes = Vec::new();
-    (&file)
-        .take(MAX_KERNEL)
-        .read_to_end(&mut bytes)
-        .map_err(|error| error.to_string())?;
+    (&file).take(MAX_KERNEL).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
     let kernel = ElfStream::<AnyEndian, _>::open_stream(file)
         .map_err(|error| format!("not an uncompressed ELF kernel (vmlinux): {error}"))?;
     let header = kernel.ehdr;
     if (header.class, header.e_machine, header.e_type) != (Class::ELF64, EM_X86_64, ET_EXEC) {
         return Err("not a 64-bit x86 executable".to_owned());
     }
-    let mut loadable = kernel
-        .segments()
-        .iter()
-        .filter(|segment| segment.p_type == PT_LOAD)
-        .peekable();
+    let mut loadable = kernel.segments().iter().filter(|segment| segment.p_type == PT_LOAD).peekable();
     if loadable.peek().is_none() {
         return Err("nothing in it is to be loaded".to_owned());
     }
@@ -125,24 +116,16 @@ fn inspect_kernel(path: &Path) -> Result<Option<Vec<&'static str>>, String> {
 }
 
 fn missing_options(config: &str) -> Vec<&'static str> {
-    let set: std::collections::HashSet<_> = config
-        .lines()
-        .filter_map(|line| line.strip_prefix("CONFIG_")?.strip_suffix("=y"))
-        .collect();
-    REQUIRED
-        .iter()
-        .copied()
-        .filter(|option| !set.contains(option))
-        .collect()
+    let set: std::collections::HashSet<_> =
+        config.lines().filter_map(|line| line.strip_prefix("CONFIG_")?.strip_suffix("=y")).collect();
+    REQUIRED.iter().copied().filter(|option| !set.contains(option)).collect()
 }
 
 /// The gzipped configuration that CONFIG_IKCONFIG puts between two markers (kernel: kernel/configs.c).
 fn embedded_config(kernel: &[u8]) -> Option<String> {
     const MAX_CONFIG: u64 = 4 << 20;
     let start = kernel.windows(8).position(|window| window == b"IKCFG_ST")? + 8;
-    let length = kernel[start..]
-        .windows(8)
-        .position(|window| window == b"IKCFG_ED")?;
+    let length = kernel[start..].windows(8).position(|window| window == b"IKCFG_ED")?;
     let mut text = String::new();
     let gzip = flate2::read::GzDecoder::new(&kernel[start..start + length]);
     gzip.take(MAX_CONFIG).read_to_string(&mut text).ok()?;
@@ -177,16 +160,12 @@ pub fn program_fact(name: &'static str, path: &Path) -> Fact {
         Ok(metadata) if metadata.is_file() && metadata.permissions().mode() & 0o111 != 0 => {
             Fact::good(name, path.display().to_string())
         }
-        Ok(_) => Fact::bad(
-            name,
-            format!("{} is not an executable file", path.display()),
-            "install mayu again",
-        ),
-        Err(error) => Fact::bad(
-            name,
-            format!("{}: {error}", path.display()),
-            "install mayu with `make install`",
-        ),
+        Ok(_) => {
+            Fact::bad(name, format!("{} is not an executable file", path.display()), "install mayu again")
+        }
+        Err(error) => {
+            Fact::bad(name, format!("{}: {error}", path.display()), "install mayu with `make install`")
+        }
     }
 }
 
@@ -204,23 +183,14 @@ mod tests {
     #[test]
     fn the_embedded_configuration_is_found_and_read() {
         let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
-        gzip.write_all(b"CONFIG_FUSE_FS=y\n# CONFIG_MEMCG is not set\nCONFIG_EROFS_FS=m\n")
-            .unwrap();
-        let kernel = [
-            b"code IKCFG_ST",
-            gzip.finish().unwrap().as_slice(),
-            b"IKCFG_ED more",
-        ]
-        .concat();
+        gzip.write_all(b"CONFIG_FUSE_FS=y\n# CONFIG_MEMCG is not set\nCONFIG_EROFS_FS=m\n").unwrap();
+        let kernel = [b"code IKCFG_ST", gzip.finish().unwrap().as_slice(), b"IKCFG_ED more"].concat();
 
         let missing = missing_options(&embedded_config(&kernel).unwrap());
 
         assert!(!missing.contains(&"FUSE_FS"));
         assert!(missing.contains(&"MEMCG"));
-        assert!(
-            missing.contains(&"EROFS_FS"),
-            "a module is of no use: the guest image has none"
-        );
+        assert!(missing.contains(&"EROFS_FS"), "a module is of no use: the guest image has none");
     }
 
     #[test]
@@ -234,11 +204,7 @@ mod tests {
             file_with(b"MZ\0\0 a bzImage, say, with more bytes than a header has in it....").path(),
         );
         assert!(!fact.ok);
-        assert!(
-            fact.found.contains("not an uncompressed ELF kernel"),
-            "{}",
-            fact.found
-        );
+        assert!(fact.found.contains("not an uncompressed ELF kernel"), "{}", fact.found);
     }
 
     #[test]

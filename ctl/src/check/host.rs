@@ -34,21 +34,16 @@ fn cgroups() -> Fact {
 
 fn user_namespaces() -> Fact {
     const NAME: &str = "user-namespaces";
-    let limit = std::fs::read_to_string(USER_NAMESPACES)
-        .ok()
-        .and_then(|text| text.trim().parse::<u64>().ok());
+    let limit =
+        std::fs::read_to_string(USER_NAMESPACES).ok().and_then(|text| text.trim().parse::<u64>().ok());
     match limit {
-        Some(0) => Fact::bad(
-            NAME,
-            "user.max_user_namespaces is 0",
-            "raise it with sysctl: each VMM runs in its own",
-        ),
+        Some(0) => {
+            Fact::bad(NAME, "user.max_user_namespaces is 0", "raise it with sysctl: each VMM runs in its own")
+        }
         Some(limit) => Fact::good(NAME, format!("up to {limit}")),
-        None => Fact::bad(
-            NAME,
-            format!("{USER_NAMESPACES} cannot be read"),
-            "use a kernel with CONFIG_USER_NS",
-        ),
+        None => {
+            Fact::bad(NAME, format!("{USER_NAMESPACES} cannot be read"), "use a kernel with CONFIG_USER_NS")
+        }
     }
 }
 
@@ -71,9 +66,7 @@ pub fn memory(config: &Config) -> Fact {
 }
 
 fn available_mib(meminfo: &str) -> Option<u64> {
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
     Some(kib / 1024)
 }

@@ -70,17 +70,10 @@ fn interface(kvm: &Kvm) -> Fact {
         .map(|(_, purpose)| *purpose)
         .collect();
     if missing.is_empty() {
-        Fact::good(
-            "kvm-interface",
-            format!("API version {version}, all {} capabilities", CAPABILITIES.len()),
-        )
+        Fact::good("kvm-interface", format!("API version {version}, all {} capabilities", CAPABILITIES.len()))
     } else {
         let found = format!("no support for: {}", missing.join(", "));
-        Fact::bad(
-            "kvm-interface",
-            found,
-            "use a Linux kernel of 5.10 or later with an ordinary KVM",
-        )
+        Fact::bad("kvm-interface", found, "use a Linux kernel of 5.10 or later with an ordinary KVM")
     }
 }
 
@@ -100,15 +93,9 @@ fn execution(kvm: &Kvm) -> Fact {
             ),
             REMEDY,
         ),
-        Ok(Verdict::Incomplete { instruction, exit }) => Fact::bad(
-            NAME,
-            format!("a guest kernel cannot execute {instruction}: {exit}"),
-            REMEDY,
-        ),
-        Err(error) => Fact::bad(
-            NAME,
-            error.to_string(),
-            "see the kernel's log for why KVM refuses",
-        ),
+        Ok(Verdict::Incomplete { instruction, exit }) => {
+            Fact::bad(NAME, format!("a guest kernel cannot execute {instruction}: {exit}"), REMEDY)
+        }
+        Err(error) => Fact::bad(NAME, error.to_string(), "see the kernel's log for why KVM refuses"),
     }
 }

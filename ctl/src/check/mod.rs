@@ -46,21 +46,11 @@ pub struct Fact {
 
 impl Fact {
     fn good(name: &'static str, found: impl Into<String>) -> Self {
-        Self {
-            name,
-            ok: true,
-            found: found.into(),
-            remedy: None,
-        }
+        Self { name, ok: true, found: found.into(), remedy: None }
     }
 
     fn bad(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self {
-            name,
-            ok: false,
-            found: found.into(),
-            remedy: Some(remedy.into()),
-        }
+        Self { name, ok: false, found: found.into(), remedy: Some(remedy.into()) }
     }
 }
 
@@ -91,11 +81,7 @@ fn gather(args: &Args) -> Vec<Fact> {
             facts.extend(guest::facts(&config, args.kernel.as_deref()));
         }
         Err(error) => {
-            facts.push(Fact::bad(
-                "configuration",
-                error,
-                "correct the file, or remove it for the defaults",
-            ));
+            facts.push(Fact::bad("configuration", error, "correct the file, or remove it for the defaults"));
         }
     }
     facts.extend(containerd::facts(!args.no_cri));
@@ -123,10 +109,6 @@ fn print(facts: &[Fact], ok: bool, json: bool) -> std::io::Result<()> {
             writeln!(out, "      {:<18} → {remedy}", "")?;
         }
     }
-    let verdict = if ok {
-        "A pod would start on this host."
-    } else {
-        "A pod would NOT start on this host."
-    };
+    let verdict = if ok { "A pod would start on this host." } else { "A pod would NOT start on this host." };
     writeln!(out, "\n{verdict}")
 }

@@ -64,20 +64,14 @@ const CMPXCHG16B: &[u8] = &[0xf0, 0x48, 0x0f, 0xc7, 0x0b, 0xf4];
 pub fn run(kvm: &Kvm) -> Result<Verdict, Error> {
     let (elapsed, stopped) = execute(kvm, LOOP)?;
     if let Some(exit) = stopped {
-        return Ok(Verdict::Incomplete {
-            instruction: "a loop of DEC and JNZ",
-            exit,
-        });
+        return Ok(Verdict::Incomplete { instruction: "a loop of DEC and JNZ", exit });
     }
     let slowdown = elapsed.as_secs_f64() / host_time().as_secs_f64();
     if slowdown > EMULATED_ABOVE {
         return Ok(Verdict::Emulated { slowdown });
     }
     match execute(kvm, CMPXCHG16B)?.1 {
-        Some(exit) => Ok(Verdict::Incomplete {
-            instruction: "CMPXCHG16B",
-            exit,
-        }),
+        Some(exit) => Ok(Verdict::Incomplete { instruction: "CMPXCHG16B", exit }),
         None => Ok(Verdict::Native { slowdown }),
     }
 }
@@ -88,13 +82,9 @@ fn execute(kvm: &Kvm, code: &[u8]) -> Result<(Duration, Option<String>), Error> 
         .map_err(|error| failed("map memory", error))?;
     fill(&memory, code).map_err(|error| failed("write memory", error))?;
     let vm = kvm.create_vm().map_err(|error| failed("create a VM", error))?;
-    let host = memory
-        .get_host_address(GuestAddress(0))
-        .map_err(|error| failed("find memory", error))?;
+    let host = memory.get_host_address(GuestAddress(0)).map_err(|error| failed("find memory", error))?;
     set_memory(&vm, host as u64).map_err(|error| failed("set memory", error))?;
-    let mut vcpu = vm
-        .create_vcpu(0)
-        .map_err(|error| failed("create a vCPU", error))?;
+    let mut vcpu = vm.create_vcpu(0).map_err(|error| failed("create a vCPU", error))?;
     set_registers(&vcpu).map_err(|error| failed("set registers", error))?;
 
     let start = Instant::now();
@@ -107,10 +97,7 @@ fn execute(kvm: &Kvm, code: &[u8]) -> Result<(Duration, Option<String>), Error> 
 }
 
 fn failed(operation: &'static str, error: impl std::error::Error + Send + Sync + 'static) -> Error {
-    Error {
-        operation,
-        source: std::io::Error::other(error),
-    }
+    Error { operation, source: std::io::Error::other(error) }
 }
 
 /// The code, and page tables that map the first GiB to itself.
@@ -154,13 +141,7 @@ fn set_registers(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
         selector: 16,
         ..Default::default()
     };
-    sregs.cs = kvm_segment {
-        type_: 11,
-        l: 1,
-        db: 0,
-        selector: 8,
-        ..data
-    };
+    sregs.cs = kvm_segment { type_: 11, l: 1, db: 0, selector: 8, ..data };
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.cr0 = CR0_PE_ET_PG;
     sregs.cr3 = PML4;
@@ -168,13 +149,7 @@ fn set_registers(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
     sregs.efer = EFER_LME_LMA;
     vcpu.set_sregs(&sregs)?;
     // CMPXCHG16B compares RDX:RAX with the 16 bytes at RBX; both are zero, so it stores RCX:RBX.
-    vcpu.set_regs(&kvm_regs {
-        rip: CODE,
-        rflags: 2,
-        rcx: ITERATIONS,
-        rbx: OPERAND,
-        ..Default::default()
-    })
+    vcpu.set_regs(&kvm_regs { rip: CODE, rflags: 2, rcx: ITERATIONS, rbx: OPERAND, ..Default::default() })
 }
 
 /// The same number of iterations of a loop of the same two instructions on this processor.

@@ -40,13 +40,7 @@ impl Outcome {
     /// It did not.
     #[track_caller]
     pub fn failure(self) -> String {
-        assert_ne!(
-            self.code,
-            0,
-            "it succeeded, with stdout: {}\nstderr: {}",
-            self.text(),
-            self.stderr
-        );
+        assert_ne!(self.code, 0, "it succeeded, with stdout: {}\nstderr: {}", self.text(), self.stderr);
         self.stderr
     }
 }
@@ -108,14 +102,8 @@ fn finish(mut child: Child, command: &Command) -> Outcome {
         }
         thread::sleep(std::time::Duration::from_millis(5));
     };
-    let stdout = out
-        .join()
-        .expect("the reader does not panic")
-        .expect("a pipe can be read");
-    let stderr = err
-        .join()
-        .expect("the reader does not panic")
-        .expect("a pipe can be read");
+    let stdout = out.join().expect("the reader does not panic").expect("a pipe can be read");
+    let stderr = err.join().expect("the reader does not panic").expect("a pipe can be read");
     Outcome {
         code: status.code().unwrap_or(-1),
         stdout,

@@ -22,13 +22,7 @@ impl Container {
     /// Names a container that does not exist yet.
     pub fn unborn() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        Self {
-            id: format!(
-                "e2e-{}-{}",
-                std::process::id(),
-                NEXT.fetch_add(1, Ordering::Relaxed)
-            ),
-        }
+        Self { id: format!("e2e-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)) }
     }
 
     /// Starts a container in the background. `flags` are `ctr run`'s.
@@ -116,9 +110,7 @@ impl Container {
     #[track_caller]
     pub fn status(&self) -> Option<String> {
         let list = run(&mut ctr(["task", "ls"])).success().text();
-        let line = list
-            .lines()
-            .find(|line| line.split_whitespace().next() == Some(&self.id))?;
+        let line = list.lines().find(|line| line.split_whitespace().next() == Some(&self.id))?;
         line.split_whitespace().nth(2).map(str::to_owned)
     }
 
@@ -129,9 +121,7 @@ impl Container {
     #[track_caller]
     pub fn pid(&self) -> u32 {
         let list = run(&mut ctr(["task", "ls"])).success().text();
-        let line = list
-            .lines()
-            .find(|line| line.split_whitespace().next() == Some(&self.id));
+        let line = list.lines().find(|line| line.split_whitespace().next() == Some(&self.id));
         line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok())
             .expect("the task is listed with its pid")
     }
@@ -156,11 +146,7 @@ impl Container {
 impl Drop for Container {
     fn drop(&mut self) {
         // Most are gone already; a test that has failed may leave any state behind.
-        for command in [
-            &["task", "delete", "--force"][..],
-            &["container", "rm"],
-            &["snapshot", "rm"],
-        ] {
+        for command in [&["task", "delete", "--force"][..], &["container", "rm"], &["snapshot", "rm"]] {
             drop(ctr(command).arg(&self.id).output());
         }
     }

@@ -24,15 +24,9 @@ pub fn processes() -> Vec<Process> {
     let pids = fs::read_dir("/proc").expect("/proc is mounted").flatten();
     pids.filter_map(|entry| {
         let pid = entry.file_name().to_str()?.parse().ok()?;
-        let name = fs::read_to_string(entry.path().join("comm"))
-            .ok()?
-            .trim()
-            .to_owned();
+        let name = fs::read_to_string(entry.path().join("comm")).ok()?.trim().to_owned();
         let command = fs::read(entry.path().join("cmdline")).ok()?;
-        let command = String::from_utf8_lossy(&command)
-            .replace('\0', " ")
-            .trim()
-            .to_owned();
+        let command = String::from_utf8_lossy(&command).replace('\0', " ").trim().to_owned();
         Some(Process { pid, name, command })
     })
     .collect()
@@ -41,10 +35,7 @@ pub fn processes() -> Vec<Process> {
 /// The processes whose command name is `name`, cut to 15 characters as the kernel does.
 pub fn processes_named(name: &str) -> Vec<Process> {
     let name: String = name.chars().take(15).collect();
-    processes()
-        .into_iter()
-        .filter(|process| process.name == name)
-        .collect()
+    processes().into_iter().filter(|process| process.name == name).collect()
 }
 
 /// A line of /proc/<pid>/status, such as `Uid`.
@@ -53,9 +44,7 @@ pub fn processes_named(name: &str) -> Vec<Process> {
 /// There is no such process or line.
 pub fn process_status(pid: u32, field: &str) -> String {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process is there");
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     line.expect("the field is there").trim().to_owned()
 }
 
@@ -74,17 +63,11 @@ impl Traces {
     pub fn now() -> Self {
         let ours =
             |process: &Process| process.name.starts_with("containerd-shim") || process.name == "mayu-vmm";
-        let processes = processes()
-            .into_iter()
-            .filter(ours)
-            .map(|process| format!("{process:?}"))
-            .collect();
+        let processes = processes().into_iter().filter(ours).map(|process| format!("{process:?}")).collect();
         let mounts = fs::read_to_string("/proc/self/mountinfo").expect("/proc is mounted");
         // The id and parent id of a mount are no traces; where it is and what it is are.
-        let mounts = mounts
-            .lines()
-            .map(|line| line.split(' ').skip(2).collect::<Vec<_>>().join(" "))
-            .collect();
+        let mounts =
+            mounts.lines().map(|line| line.split(' ').skip(2).collect::<Vec<_>>().join(" ")).collect();
         let mut files = BTreeSet::new();
         for root in [
             "/run/mayu",
@@ -95,16 +78,8 @@ impl Traces {
             collect(Path::new(root), &mut files, 3, &|_| true);
         }
         let mut cgroups = BTreeSet::new();
-        collect(Path::new("/sys/fs/cgroup"), &mut cgroups, 6, &|path| {
-            path.is_dir()
-        });
-        Self {
-            processes,
-            mounts,
-            files,
-            cgroups,
-            containerd_descriptors: containerd_descriptors(),
-        }
+        collect(Path::new("/sys/fs/cgroup"), &mut cgroups, 6, &|path| path.is_dir());
+        Self { processes, mounts, files, cgroups, containerd_descriptors: containerd_descriptors() }
     }
 
     /// Waits until everything that has come since `self` is gone: containerd cleans up after it has answered.
@@ -132,27 +107,15 @@ impl Traces {
     fn difference(&self, before: &Self) -> Vec<String> {
         let mut left: Vec<String> = self.processes.difference(&before.processes).cloned().collect();
         left.extend(self.mounts.difference(&before.mounts).cloned());
-        left.extend(
-            self.files
-                .difference(&before.files)
-                .map(|path| path.display().to_string()),
-        );
-        left.extend(
-            self.cgroups
-                .difference(&before.cgroups)
-                .map(|path| path.display().to_string()),
-        );
+        left.extend(self.files.difference(&before.files).map(|path| path.display().to_string()));
+        left.extend(self.cgroups.difference(&before.cgroups).map(|path| path.display().to_string()));
         left
     }
 }
 
 fn collect(dir: &Path, into: &mut BTreeSet<PathBuf>, depth: usize, wanted: &dyn Fn(&Path) -> bool) {
     let Ok(entries) = fs::read_dir(dir) else { return };
-    for path in entries
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| wanted(path))
-    {
+    for path in entries.flatten().map(|entry| entry.path()).filter(|path| wanted(path)) {
         if depth > 0 && path.is_dir() && !path.is_symlink() {
             collect(&path, into, depth - 1, wanted);
         }
@@ -161,8 +124,6 @@ fn collect(dir: &Path, into: &mut BTreeSet<PathBuf>, depth: usize, wanted: &dyn 
 }
 
 fn containerd_descriptors() -> usize {
-    let pid = processes_named("containerd")
-        .first()
-        .map_or(0, |process| process.pid);
+    let pid = processes_named("containerd").first().map_or(0, |process| process.pid);
     fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
 }

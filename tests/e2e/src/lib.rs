@@ -3,12 +3,7 @@
 //! The tests run as root on a host with containerd, mayu and a KVM, which is what the lab is. Nothing here talks to
 //! mayu except through containerd, save [`shim`], which looks at the return codes that `ctr` hides.
 
-#![allow(
-    clippy::expect_used,
-    clippy::panic,
-    clippy::unwrap_used,
-    reason = "a test's way to fail"
-)]
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test's way to fail")]
 
 mod command;
 mod container;
@@ -28,7 +23,7 @@ pub fn runtime() -> String {
 pub const BUSYBOX: &str = "docker.io/mayu/busybox:test";
 
 /// Debian with python3.
-pub const PYTHON: &str = "docker.io/mayu/python:test";
+pub const PYTHON: &str = "docker.io/mayu/python3:test";
 
 /// Debian with redis-server and redis-benchmark.
 pub const REDIS: &str = "docker.io/mayu/redis:test";

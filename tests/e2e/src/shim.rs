@@ -73,15 +73,8 @@ pub fn update(container: &Container, resources: &serde_json::Value) {
         resources: Some(resources).into(),
         ..Default::default()
     };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
-        connect(container)
-            .await
-            .update(patiently(), &request)
-            .await
-            .expect("the update is accepted");
+        connect(container).await.update(patiently(), &request).await.expect("the update is accepted");
     });
 }

@@ -73,14 +73,8 @@ fn install_busybox(rootfs: &Path) {
     for applet in applets.lines().filter(|applet| *applet != "busybox") {
         symlink("busybox", rootfs.join("bin").join(applet)).expect("links can be made");
     }
-    fs::write(
-        rootfs.join("etc/passwd"),
-        "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n",
-    )
-    .expect("writable");
-    fs::write(
-        rootfs.join("etc/group"),
-        "root:x:0:\nnogroup:x:65534:\nextra:x:1234:nobody\n",
-    )
-    .expect("writable");
+    fs::write(rootfs.join("etc/passwd"), "root:x:0:0::/:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n")
+        .expect("writable");
+    fs::write(rootfs.join("etc/group"), "root:x:0:\nnogroup:x:65534:\nextra:x:1234:nobody\n")
+        .expect("writable");
 }

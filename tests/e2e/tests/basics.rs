@@ -5,10 +5,7 @@ use mayu_e2e::{BUSYBOX, Container};
 #[test]
 fn stdout_and_stderr_arrive_apart() {
     let outcome = Container::sh(&[], "echo to stdout; echo to stderr >&2");
-    assert_eq!(
-        (outcome.code, outcome.text().as_str(), outcome.stderr.trim()),
-        (0, "to stdout", "to stderr")
-    );
+    assert_eq!((outcome.code, outcome.text().as_str(), outcome.stderr.trim()), (0, "to stdout", "to stderr"));
 }
 
 #[test]

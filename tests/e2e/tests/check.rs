@@ -15,28 +15,15 @@ fn check(flags: &[&str]) -> (i32, Value) {
 
 fn fact<'a>(report: &'a Value, name: &str) -> &'a Value {
     let facts = report["facts"].as_array().unwrap();
-    facts
-        .iter()
-        .find(|fact| fact["name"] == name)
-        .unwrap_or_else(|| panic!("no fact {name} in {report}"))
+    facts.iter().find(|fact| fact["name"] == name).unwrap_or_else(|| panic!("no fact {name} in {report}"))
 }
 
 #[test]
 fn all_is_well_on_this_host() {
     let (code, report) = check(&[]);
     assert_eq!((code, &report["ok"]), (0, &Value::Bool(true)), "{report:#}");
-    assert!(
-        fact(&report, "kvm-execution")["found"]
-            .as_str()
-            .unwrap()
-            .contains("natively")
-    );
-    assert!(
-        fact(&report, "guest-kernel")["found"]
-            .as_str()
-            .unwrap()
-            .contains("options")
-    );
+    assert!(fact(&report, "kvm-execution")["found"].as_str().unwrap().contains("natively"));
+    assert!(fact(&report, "guest-kernel")["found"].as_str().unwrap().contains("options"));
 }
 
 #[test]
@@ -46,22 +33,13 @@ fn a_file_that_is_no_kernel_is_told() {
     assert_eq!(fact(&report, "guest-kernel")["ok"], false);
     let (code, report) = check(&["--kernel", "/etc/passwd"]);
     assert_ne!(code, 0);
-    assert!(
-        fact(&report, "guest-kernel")["found"]
-            .as_str()
-            .unwrap()
-            .contains("ELF")
-    );
+    assert!(fact(&report, "guest-kernel")["found"].as_str().unwrap().contains("ELF"));
 }
 
 #[test]
 fn people_get_one_line_a_fact_and_a_verdict() {
     let outcome = run(Command::new("mayu").arg("check"));
-    assert!(
-        outcome.text().contains("A pod would start on this host."),
-        "{}",
-        outcome.text()
-    );
+    assert!(outcome.text().contains("A pod would start on this host."), "{}", outcome.text());
 }
 
 #[test]
@@ -81,8 +59,6 @@ fn an_unconfigured_containerd_is_told_with_a_remedy() {
     assert_eq!(handler["ok"], false);
     assert!(handler["remedy"].as_str().unwrap().contains("containerd-"));
 
-    let outcome = run(Command::new("mayu")
-        .args(["check", "--no-cri"])
-        .env("PATH", &path));
+    let outcome = run(Command::new("mayu").args(["check", "--no-cri"]).env("PATH", &path));
     assert_eq!(outcome.code, 0, "{}", outcome.text());
 }

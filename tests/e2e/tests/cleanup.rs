@@ -10,17 +10,9 @@ fn fifty_pods_one_after_another_leave_nothing() {
     Container::sh(&[], "true").success();
     let before = Traces::now();
     for number in 0..50 {
-        let outcome = Container::run(
-            BUSYBOX,
-            &[],
-            &["sh", "-c", &format!("echo {number}; exit {}", number % 3)],
-        );
-        assert_eq!(
-            (outcome.code, outcome.text()),
-            (number % 3, number.to_string()),
-            "{}",
-            outcome.stderr
-        );
+        let outcome =
+            Container::run(BUSYBOX, &[], &["sh", "-c", &format!("echo {number}; exit {}", number % 3)]);
+        assert_eq!((outcome.code, outcome.text()), (number % 3, number.to_string()), "{}", outcome.stderr);
     }
     before.assert_restored(50);
 }

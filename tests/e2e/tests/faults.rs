@@ -21,11 +21,7 @@ fn without_containerd(meanwhile: impl FnOnce()) {
     kill_9(containerd.pid);
     eventually("containerd is gone", || processes_named("containerd").is_empty());
     meanwhile();
-    let log = std::fs::File::options()
-        .append(true)
-        .create(true)
-        .open("/results/containerd.log")
-        .unwrap();
+    let log = std::fs::File::options().append(true).create(true).open("/results/containerd.log").unwrap();
     Command::new(program)
         .args(arguments)
         .stdin(Stdio::null())
@@ -46,19 +42,14 @@ fn a_pod_survives_containerd() {
     assert_eq!(container.status().as_deref(), Some("RUNNING"));
     assert_eq!(container.script("echo still here"), "still here");
     container.script("touch /tmp/end");
-    eventually("it has stopped", || {
-        container.status().as_deref() == Some("STOPPED")
-    });
+    eventually("it has stopped", || container.status().as_deref() == Some("STOPPED"));
     assert_eq!(container.task("delete", &[]).code, 12);
 }
 
 #[test]
 fn an_exit_while_containerd_is_away_is_not_lost() {
     let dir = tempfile::tempdir().unwrap();
-    let mount = format!(
-        "type=bind,src={},dst=/data,options=rbind:rw",
-        dir.path().display()
-    );
+    let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", dir.path().display());
     let script = "while [ ! -e /data/end ]; do sleep 0.1; done; touch /data/ended; exit 13";
     let container = Container::detached(BUSYBOX, &["--mount", &mount], &["sh", "-c", script]);
 
@@ -67,9 +58,7 @@ fn an_exit_while_containerd_is_away_is_not_lost() {
         eventually("it has ended", || dir.path().join("ended").exists());
     });
 
-    eventually("it is known to have stopped", || {
-        container.status().as_deref() == Some("STOPPED")
-    });
+    eventually("it is known to have stopped", || container.status().as_deref() == Some("STOPPED"));
     assert_eq!(container.task("delete", &[]).code, 13);
 }
 
@@ -85,9 +74,7 @@ fn the_vmm_dies_with_its_shim_and_nothing_is_left() {
 
     kill_9(shim.expect("there is a shim").pid);
 
-    eventually("the VMM is gone", || {
-        !processes().iter().any(|process| process.pid == vmm)
-    });
+    eventually("the VMM is gone", || !processes().iter().any(|process| process.pid == vmm));
     // containerd runs the shim's `delete` when the connection breaks; what is left in its own books goes here.
     eventually("containerd has no task any more", || {
         container.status().is_none_or(|status| status != "RUNNING")
@@ -105,15 +92,9 @@ fn a_task_whose_vmm_is_killed_has_exited_with_137_at_once() {
 
     kill_9(container.pid());
 
-    eventually("it has stopped", || {
-        container.status().as_deref() == Some("STOPPED")
-    });
+    eventually("it has stopped", || container.status().as_deref() == Some("STOPPED"));
     // A second on a real processor; the lab's is some twenty times slower, and `ctr` alone takes most of that.
-    assert!(
-        started.elapsed() < Duration::from_secs(20),
-        "{:?}",
-        started.elapsed()
-    );
+    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
     assert_eq!(container.task("delete", &[]).code, 137);
     drop(container);
     before.assert_restored(1);

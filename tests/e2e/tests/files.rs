@@ -11,11 +11,7 @@ use serde_json::json;
 fn a_read_only_root_refuses_writes() {
     let outcome = Container::sh(&["--read-only"], "touch /file");
     assert_ne!(outcome.code, 0);
-    assert!(
-        outcome.stderr.contains("Read-only file system"),
-        "{}",
-        outcome.stderr
-    );
+    assert!(outcome.stderr.contains("Read-only file system"), "{}", outcome.stderr);
 }
 
 #[test]
@@ -27,52 +23,33 @@ fn masked_paths_are_empty_and_read_only_paths_refuse_writes() {
     let outcome = bundle.run();
     assert_eq!(outcome.text(), "0\n0");
     assert_ne!(outcome.code, 0);
-    assert!(
-        outcome.stderr.contains("Read-only file system"),
-        "{}",
-        outcome.stderr
-    );
+    assert!(outcome.stderr.contains("Read-only file system"), "{}", outcome.stderr);
 }
 
 #[test]
 fn bind_mounts_of_directories_are_shared_with_the_host_both_ways() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("from-host"), "from the host").unwrap();
-    let mount = format!(
-        "type=bind,src={},dst=/data,options=rbind:rw",
-        dir.path().display()
-    );
+    let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", dir.path().display());
 
-    let text = Container::sh(
-        &["--mount", &mount],
-        "cat /data/from-host; echo from the guest > /data/from-guest",
-    )
-    .success()
-    .text();
+    let text =
+        Container::sh(&["--mount", &mount], "cat /data/from-host; echo from the guest > /data/from-guest")
+            .success()
+            .text();
 
     assert_eq!(text, "from the host");
-    assert_eq!(
-        fs::read_to_string(dir.path().join("from-guest")).unwrap(),
-        "from the guest\n"
-    );
+    assert_eq!(fs::read_to_string(dir.path().join("from-guest")).unwrap(), "from the guest\n");
 }
 
 #[test]
 fn read_only_bind_mounts_refuse_writes() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("file"), "kept").unwrap();
-    let mount = format!(
-        "type=bind,src={},dst=/data,options=rbind:ro",
-        dir.path().display()
-    );
+    let mount = format!("type=bind,src={},dst=/data,options=rbind:ro", dir.path().display());
     let outcome = Container::sh(&["--mount", &mount], "cat /data/file; echo no > /data/file");
     assert_ne!(outcome.code, 0);
     assert_eq!(outcome.text(), "kept");
-    assert!(
-        outcome.stderr.contains("Read-only file system"),
-        "{}",
-        outcome.stderr
-    );
+    assert!(outcome.stderr.contains("Read-only file system"), "{}", outcome.stderr);
     assert_eq!(fs::read_to_string(dir.path().join("file")).unwrap(), "kept");
 }
 
@@ -83,18 +60,12 @@ fn bind_mounts_of_files() {
     fs::write(&read_only, "one").unwrap();
     fs::write(&writable, "two").unwrap();
     let mounts = [
-        format!(
-            "type=bind,src={},dst=/etc/ro,options=bind:ro",
-            read_only.display()
-        ),
+        format!("type=bind,src={},dst=/etc/ro,options=bind:ro", read_only.display()),
         format!("type=bind,src={},dst=/etc/rw,options=bind:rw", writable.display()),
     ];
     let flags = ["--mount", &mounts[0], "--mount", &mounts[1]];
 
-    let outcome = Container::sh(
-        &flags,
-        "cat /etc/ro /etc/rw; echo three > /etc/rw; echo four > /etc/ro",
-    );
+    let outcome = Container::sh(&flags, "cat /etc/ro /etc/rw; echo three > /etc/rw; echo four > /etc/ro");
 
     assert_ne!(outcome.code, 0);
     assert_eq!(outcome.text(), "onetwo");
@@ -106,10 +77,7 @@ fn bind_mounts_of_files() {
 fn a_change_on_the_host_is_seen_inside() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("config"), "before").unwrap();
-    let mount = format!(
-        "type=bind,src={},dst=/data,options=rbind:ro",
-        dir.path().display()
-    );
+    let mount = format!("type=bind,src={},dst=/data,options=rbind:ro", dir.path().display());
     let container = Container::idle(&["--mount", &mount]);
     assert_eq!(container.script("cat /data/config"), "before");
 
@@ -134,21 +102,11 @@ fn tmpfs_mounts_have_their_size_and_mode() {
 
 #[test]
 fn the_kernel_s_own_filesystems_are_mounted() {
-    let text = Container::sh(&[], "awk '{print $2, $3}' /proc/mounts")
-        .success()
-        .text();
-    for mount in [
-        "/proc proc",
-        "/dev tmpfs",
-        "/dev/pts devpts",
-        "/dev/shm tmpfs",
-        "/dev/mqueue mqueue",
-        "/sys sysfs",
-    ] {
-        assert!(
-            text.lines().any(|line| line == mount),
-            "no {mount} among:\n{text}"
-        );
+    let text = Container::sh(&[], "awk '{print $2, $3}' /proc/mounts").success().text();
+    for mount in
+        ["/proc proc", "/dev tmpfs", "/dev/pts devpts", "/dev/shm tmpfs", "/dev/mqueue mqueue", "/sys sysfs"]
+    {
+        assert!(text.lines().any(|line| line == mount), "no {mount} among:\n{text}");
     }
 }
 
@@ -160,17 +118,10 @@ fn a_cgroup_mount_is_cgroup_v2() {
     bundle.spec["mounts"].as_array_mut().unwrap().push(mount);
     let text = bundle.run().success().text();
     let mut lines = text.lines();
-    assert_eq!(
-        lines.next(),
-        Some("0::/"),
-        "the container sees its own cgroup as the root"
-    );
+    assert_eq!(lines.next(), Some("0::/"), "the container sees its own cgroup as the root");
     let controllers = lines.next().unwrap_or_default();
     for controller in ["cpu", "memory", "pids"] {
-        assert!(
-            controllers.split(' ').any(|name| name == controller),
-            "{controllers}"
-        );
+        assert!(controllers.split(' ').any(|name| name == controller), "{controllers}");
     }
 }
 
@@ -196,20 +147,10 @@ fn file_operations_that_programs_rely_on() {
 fn an_executable_without_permission_is_refused() {
     let bundle = Bundle::sh("");
     fs::write(bundle.rootfs().join("bin/plain"), "#!/bin/sh\n").unwrap();
-    fs::set_permissions(
-        bundle.rootfs().join("bin/plain"),
-        fs::Permissions::from_mode(0o644),
-    )
-    .unwrap();
+    fs::set_permissions(bundle.rootfs().join("bin/plain"), fs::Permissions::from_mode(0o644)).unwrap();
     let mut bundle = bundle;
     bundle.spec["process"]["args"] = json!(["/bin/plain"]);
-    assert!(
-        bundle
-            .run()
-            .failure()
-            .to_lowercase()
-            .contains("permission denied")
-    );
+    assert!(bundle.run().failure().to_lowercase().contains("permission denied"));
 }
 
 #[test]

@@ -24,13 +24,9 @@ impl Configuration {
     /// Sets one key of the `[vm]` table.
     fn vm(key: &str, value: &str) -> Self {
         Self::with(|text| {
-            let others = text
-                .lines()
-                .filter(|line| !line.trim_start().starts_with(&format!("{key} =")));
+            let others = text.lines().filter(|line| !line.trim_start().starts_with(&format!("{key} =")));
             let others: Vec<_> = others.collect();
-            others
-                .join("\n")
-                .replacen("[vm]", &format!("[vm]\n{key} = {value}"), 1)
+            others.join("\n").replacen("[vm]", &format!("[vm]\n{key} = {value}"), 1)
         })
     }
 }
@@ -77,21 +73,11 @@ fn a_corrupt_kernel_is_told_as_such() {
 #[test]
 fn a_bad_configuration_is_told_with_key_and_line() {
     let _configuration = Configuration::with(|text| {
-        format!(
-            "# first line\n{}",
-            text.replacen("[vm]", "[vm]\nmemroy_mib = 12", 1)
-        )
+        format!("# first line\n{}", text.replacen("[vm]", "[vm]\nmemroy_mib = 12", 1))
     });
-    let line = fs::read_to_string(CONFIG)
-        .unwrap()
-        .lines()
-        .position(|line| line.starts_with("memroy"))
-        .unwrap()
-        + 1;
-    assert_mentions(
-        &refusal(&Bundle::sh("true")),
-        &[CONFIG, "memroy_mib", &format!("line {line}")],
-    );
+    let line =
+        fs::read_to_string(CONFIG).unwrap().lines().position(|line| line.starts_with("memroy")).unwrap() + 1;
+    assert_mentions(&refusal(&Bundle::sh("true")), &[CONFIG, "memroy_mib", &format!("line {line}")]);
 }
 
 #[test]
@@ -177,9 +163,8 @@ fn a_bundle_path_that_is_too_long_for_a_socket_does_no_harm() {
     if outcome.code == 0 {
         assert_mentions(&outcome.text(), &["unix://"]);
         shim_command("deep", &deep, "delete").success();
-        for process in mayu_e2e::host::processes()
-            .iter()
-            .filter(|process| process.command.contains("-id deep"))
+        for process in
+            mayu_e2e::host::processes().iter().filter(|process| process.command.contains("-id deep"))
         {
             nix::sys::signal::kill(
                 nix::unistd::Pid::from_raw(process.pid.cast_signed()),
@@ -188,13 +173,7 @@ fn a_bundle_path_that_is_too_long_for_a_socket_does_no_harm() {
             .unwrap();
         }
         let address = outcome.text();
-        let socket = address
-            .split("unix://")
-            .nth(1)
-            .unwrap()
-            .split('"')
-            .next()
-            .unwrap();
+        let socket = address.split("unix://").nth(1).unwrap().split('"').next().unwrap();
         drop(fs::remove_file(socket.trim()));
     } else {
         assert_mentions(&outcome.stderr, &["too long"]);
@@ -205,17 +184,10 @@ fn a_bundle_path_that_is_too_long_for_a_socket_does_no_harm() {
 #[test]
 fn a_malformed_spec_is_told_with_the_place() {
     // containerd would not pass this on: the bundle is written by hand, and the shim asked directly.
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let container = Container::idle(&[]);
     let dir = tempfile::tempdir().unwrap();
-    fs::write(
-        dir.path().join("config.json"),
-        "{ \"ociVersion\": \"1.2.0\", \"process\": 5 }",
-    )
-    .unwrap();
+    fs::write(dir.path().join("config.json"), "{ \"ociVersion\": \"1.2.0\", \"process\": 5 }").unwrap();
     let error = runtime.block_on(async {
         let shim = mayu_e2e::shim::connect(&container).await;
         let request = containerd_shim_protos::api::CreateTaskRequest {
@@ -223,9 +195,7 @@ fn a_malformed_spec_is_told_with_the_place() {
             bundle: dir.path().display().to_string(),
             ..Default::default()
         };
-        shim.create(mayu_e2e::shim::patiently(), &request)
-            .await
-            .unwrap_err()
+        shim.create(mayu_e2e::shim::patiently(), &request).await.unwrap_err()
     });
     assert_mentions(&error.to_string(), &["config.json", "line 1"]);
     assert_eq!(container.script("echo alive"), "alive");

@@ -17,9 +17,7 @@ fn a_detached_container_runs_stops_and_is_deleted() {
 
     container.script("touch /tmp/end");
 
-    eventually("it has stopped", || {
-        container.status().as_deref() == Some("STOPPED")
-    });
+    eventually("it has stopped", || container.status().as_deref() == Some("STOPPED"));
     assert_eq!(container.task("delete", &[]).code, 3);
     assert_eq!(container.status(), None);
 }
@@ -28,9 +26,7 @@ fn a_detached_container_runs_stops_and_is_deleted() {
 fn kill_9_of_the_init_gives_137() {
     let container = Container::idle(&[]);
     container.task("kill", &["--signal", "KILL"]).success();
-    eventually("it has stopped", || {
-        container.status().as_deref() == Some("STOPPED")
-    });
+    eventually("it has stopped", || container.status().as_deref() == Some("STOPPED"));
     assert_eq!(container.task("delete", &[]).code, 137);
 }
 
@@ -39,9 +35,7 @@ fn kill_all_ends_every_process() {
     let container = Container::idle(&[]);
     container.script("sleep 1000 > /dev/null 2>&1 < /dev/null & sleep 1001 > /dev/null 2>&1 < /dev/null &");
     container.task("kill", &["--all", "--signal", "KILL"]).success();
-    eventually("it has stopped", || {
-        container.status().as_deref() == Some("STOPPED")
-    });
+    eventually("it has stopped", || container.status().as_deref() == Some("STOPPED"));
 }
 
 #[test]
@@ -49,10 +43,7 @@ fn pause_stops_real_work_and_resume_continues_it() {
     let counter =
         "i=0; while :; do i=$((i+1)); echo $i > /data/count.new; mv /data/count.new /data/count; done";
     let dir = tempfile::tempdir().unwrap();
-    let mount = format!(
-        "type=bind,src={},dst=/data,options=rbind:rw",
-        dir.path().display()
-    );
+    let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", dir.path().display());
     let container = Container::detached(BUSYBOX, &["--mount", &mount], &["sh", "-c", counter]);
     let count = || -> u64 {
         let text = std::fs::read_to_string(dir.path().join("count")).unwrap_or_default();
@@ -76,14 +67,7 @@ fn pause_stops_real_work_and_resume_continues_it() {
 fn the_processes_of_a_task_are_listed() {
     let container = Container::idle(&[]);
     let list = container.task("ps", &[]).success().text();
-    assert_eq!(
-        list.lines()
-            .skip(1)
-            .filter(|line| !line.trim().is_empty())
-            .count(),
-        1,
-        "{list}"
-    );
+    assert_eq!(list.lines().skip(1).filter(|line| !line.trim().is_empty()).count(), 1, "{list}");
 }
 
 #[test]
@@ -107,9 +91,7 @@ fn events_come_in_order() {
     container.task("pause", &[]).success();
     container.task("resume", &[]).success();
     container.task("kill", &["--signal", "KILL"]).success();
-    eventually("it has stopped", || {
-        container.status().as_deref() == Some("STOPPED")
-    });
+    eventually("it has stopped", || container.status().as_deref() == Some("STOPPED"));
     container.task("delete", &[]);
 
     let wanted = [
@@ -141,14 +123,8 @@ fn events_come_in_order() {
 
 /// Makes containerd publish until the subscriber has seen something.
 fn wait_for_subscription(lines: &std::sync::mpsc::Receiver<String>) {
-    let label = |value: &str| {
-        mayu_e2e::run(&mut ctr([
-            "namespaces",
-            "label",
-            "default",
-            &format!("e2e={value}"),
-        ]))
-    };
+    let label =
+        |value: &str| mayu_e2e::run(&mut ctr(["namespaces", "label", "default", &format!("e2e={value}")]));
     for round in 0..600 {
         label(&round.to_string()).success();
         if lines.recv_timeout(Duration::from_millis(200)).is_ok() {

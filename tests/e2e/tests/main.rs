@@ -1,11 +1,6 @@
 //! End-to-end tests. They need root, containerd, an installed mayu and a KVM: `make e2e` runs them in the lab.
 
-#![allow(
-    clippy::expect_used,
-    clippy::panic,
-    clippy::unwrap_used,
-    reason = "a test's way to fail"
-)]
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test's way to fail")]
 
 mod basics;
 mod check;

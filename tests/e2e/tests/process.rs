@@ -31,10 +31,8 @@ fn files_belong_to_the_user_that_makes_them() {
     assert_eq!(bundle.run().success().text(), "4711:4712");
 
     let metadata = std::fs::metadata(bundle.rootfs().join("tmp/mine")).unwrap();
-    let owner = (
-        std::os::unix::fs::MetadataExt::uid(&metadata),
-        std::os::unix::fs::MetadataExt::gid(&metadata),
-    );
+    let owner =
+        (std::os::unix::fs::MetadataExt::uid(&metadata), std::os::unix::fs::MetadataExt::gid(&metadata));
     assert_eq!(owner, (4711, 4712));
 }
 
@@ -74,10 +72,7 @@ fn no_new_privileges() {
     for wanted in [true, false] {
         let mut bundle = Bundle::sh("grep NoNewPrivs /proc/self/status");
         bundle.spec["process"]["noNewPrivileges"] = json!(wanted);
-        assert_eq!(
-            bundle.run().success().text(),
-            format!("NoNewPrivs:\t{}", u8::from(wanted))
-        );
+        assert_eq!(bundle.run().success().text(), format!("NoNewPrivs:\t{}", u8::from(wanted)));
     }
 }
 
@@ -92,11 +87,7 @@ fn a_seccomp_profile_refuses_a_syscall_with_its_errno() {
     });
     let outcome = bundle.run().success();
     assert_eq!(outcome.text(), "allowed");
-    assert!(
-        outcome.stderr.contains("Numerical argument out of domain"),
-        "{}",
-        outcome.stderr
-    );
+    assert!(outcome.stderr.contains("Numerical argument out of domain"), "{}", outcome.stderr);
 }
 
 #[test]
@@ -104,20 +95,12 @@ fn signals_reach_the_init() {
     let container = Container::detached(
         BUSYBOX,
         &[],
-        &[
-            "sh",
-            "-c",
-            "trap 'exit 9' TERM; touch /tmp/ready; while :; do sleep 0.1; done",
-        ],
+        &["sh", "-c", "trap 'exit 9' TERM; touch /tmp/ready; while :; do sleep 0.1; done"],
     );
-    mayu_e2e::shim::eventually("the trap is set", || {
-        container.exec(&["test", "-e", "/tmp/ready"]).code == 0
-    });
+    mayu_e2e::shim::eventually("the trap is set", || container.exec(&["test", "-e", "/tmp/ready"]).code == 0);
 
     container.task("kill", &["--signal", "TERM"]).success();
 
-    mayu_e2e::shim::eventually("it has stopped", || {
-        container.status().as_deref() == Some("STOPPED")
-    });
+    mayu_e2e::shim::eventually("it has stopped", || container.status().as_deref() == Some("STOPPED"));
     assert_eq!(container.task("delete", &[]).code, 9);
 }

@@ -18,44 +18,23 @@ results = []
 threads = [threading.Thread(target=lambda n=n: results.append(n * n)) for n in range(10)]
 [thread.start() for thread in threads]; [thread.join() for thread in threads]
 print(sum(results))";
-    assert_eq!(
-        container.exec(&["python3", "-c", program]).success().text(),
-        "285"
-    );
+    assert_eq!(container.exec(&["python3", "-c", program]).success().text(), "285");
 
     let second = "import json, sqlite3
 print(json.load(open('/var/lib/data/result.json'))['factorial'])
 print(sqlite3.connect('/var/lib/data/data.db').execute('select sum(n) from t').fetchone()[0])";
-    assert_eq!(
-        container.exec(&["python3", "-c", second]).success().text(),
-        "2432902008176640000\n499500"
-    );
+    assert_eq!(container.exec(&["python3", "-c", second]).success().text(), "2432902008176640000\n499500");
 }
 
 #[test]
 fn redis_serves_its_benchmark() {
     let container = Container::detached(REDIS, &[], &["redis-server", "--save", "", "--dir", "/tmp"]);
-    eventually("redis answers", || {
-        container.exec(&["redis-cli", "ping"]).text() == "PONG"
-    });
+    eventually("redis answers", || container.exec(&["redis-cli", "ping"]).text() == "PONG");
     let outcome = container
-        .exec(&[
-            "redis-benchmark",
-            "-q",
-            "-n",
-            "500",
-            "-c",
-            "10",
-            "-t",
-            "set,get,lpush,lpop",
-        ])
+        .exec(&["redis-benchmark", "-q", "-n", "500", "-c", "10", "-t", "set,get,lpush,lpop"])
         .success();
     for test in ["SET", "GET", "LPUSH", "LPOP"] {
-        assert!(
-            outcome.text().contains(&format!("{test}: ")),
-            "{}",
-            outcome.text()
-        );
+        assert!(outcome.text().contains(&format!("{test}: ")), "{}", outcome.text());
     }
 }
 

@@ -12,9 +12,7 @@ use serde_json::json;
 /// A figure of `ctr task metrics`.
 fn metric(container: &Container, name: &str) -> u64 {
     let table = container.task("metrics", &[]).success().text();
-    let line = table
-        .lines()
-        .find(|line| line.split_whitespace().next() == Some(name));
+    let line = table.lines().find(|line| line.split_whitespace().next() == Some(name));
     let line = line.unwrap_or_else(|| panic!("no {name} among:\n{table}"));
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
@@ -70,10 +68,7 @@ fn an_update_of_memory_and_pids_takes_effect() {
     let resources = json!({ "memory": { "limit": 50_331_648 }, "pids": { "limit": 20 } });
     mayu_e2e::shim::update(&container, &resources);
 
-    assert_eq!(
-        container.script("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max"),
-        "50331648\n20"
-    );
+    assert_eq!(container.script("cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max"), "50331648\n20");
     let forks = "i=0; while [ $i -lt 40 ]; do sleep 1000 & i=$((i+1)); done 2>&1; kill $(jobs -p)";
     let outcome = container.exec(&["sh", "-c", forks]);
     assert!(
@@ -117,8 +112,6 @@ fn only_the_exec_that_is_out_of_memory_dies() {
     let container = Container::idle(&["--memory-limit", "67108864"]);
     let outcome = container.exec(&["tail", "/dev/zero"]);
     assert_eq!(outcome.code, 137, "{}", outcome.stderr);
-    eventually("the container runs on", || {
-        container.status().as_deref() == Some("RUNNING")
-    });
+    eventually("the container runs on", || container.status().as_deref() == Some("RUNNING"));
     assert_eq!(container.script("echo alive"), "alive");
 }

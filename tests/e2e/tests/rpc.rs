@@ -28,44 +28,23 @@ fn exec(id: &str, exec_id: &str, args: &[&str]) -> ExecProcessRequest {
 }
 
 fn start(id: &str, exec_id: &str) -> StartRequest {
-    StartRequest {
-        id: id.to_owned(),
-        exec_id: exec_id.to_owned(),
-        ..Default::default()
-    }
+    StartRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() }
 }
 
 fn delete(id: &str, exec_id: &str) -> DeleteRequest {
-    DeleteRequest {
-        id: id.to_owned(),
-        exec_id: exec_id.to_owned(),
-        ..Default::default()
-    }
+    DeleteRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() }
 }
 
 fn kill(id: &str, exec_id: &str, signal: u32) -> KillRequest {
-    KillRequest {
-        id: id.to_owned(),
-        exec_id: exec_id.to_owned(),
-        signal,
-        ..Default::default()
-    }
+    KillRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), signal, ..Default::default() }
 }
 
 fn wait(id: &str, exec_id: &str) -> WaitRequest {
-    WaitRequest {
-        id: id.to_owned(),
-        exec_id: exec_id.to_owned(),
-        ..Default::default()
-    }
+    WaitRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() }
 }
 
 async fn status(shim: &TaskClient, id: &str, exec_id: &str) -> Status {
-    let request = StateRequest {
-        id: id.to_owned(),
-        exec_id: exec_id.to_owned(),
-        ..Default::default()
-    };
+    let request = StateRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
     shim.state(patiently(), &request).await.unwrap().status()
 }
 
@@ -75,28 +54,12 @@ async fn what_is_not_there_is_not_found() {
     let shim = connect(&container).await;
     let id = container.id();
     for (id, exec_id) in [("other", ""), (id, "other")] {
-        let state = StateRequest {
-            id: id.into(),
-            exec_id: exec_id.into(),
-            ..Default::default()
-        };
+        let state = StateRequest { id: id.into(), exec_id: exec_id.into(), ..Default::default() };
         assert_eq!(code(shim.state(patiently(), &state).await), Code::NOT_FOUND);
-        assert_eq!(
-            code(shim.start(patiently(), &start(id, exec_id)).await),
-            Code::NOT_FOUND
-        );
-        assert_eq!(
-            code(shim.delete(patiently(), &delete(id, exec_id)).await),
-            Code::NOT_FOUND
-        );
-        assert_eq!(
-            code(shim.kill(patiently(), &kill(id, exec_id, 15)).await),
-            Code::NOT_FOUND
-        );
-        assert_eq!(
-            code(shim.wait(patiently(), &wait(id, exec_id)).await),
-            Code::NOT_FOUND
-        );
+        assert_eq!(code(shim.start(patiently(), &start(id, exec_id)).await), Code::NOT_FOUND);
+        assert_eq!(code(shim.delete(patiently(), &delete(id, exec_id)).await), Code::NOT_FOUND);
+        assert_eq!(code(shim.kill(patiently(), &kill(id, exec_id, 15)).await), Code::NOT_FOUND);
+        assert_eq!(code(shim.wait(patiently(), &wait(id, exec_id)).await), Code::NOT_FOUND);
         let resize = ResizePtyRequest {
             id: id.into(),
             exec_id: exec_id.into(),
@@ -105,12 +68,8 @@ async fn what_is_not_there_is_not_found() {
             ..Default::default()
         };
         assert_eq!(code(shim.resize_pty(patiently(), &resize).await), Code::NOT_FOUND);
-        let close = CloseIORequest {
-            id: id.into(),
-            exec_id: exec_id.into(),
-            stdin: true,
-            ..Default::default()
-        };
+        let close =
+            CloseIORequest { id: id.into(), exec_id: exec_id.into(), stdin: true, ..Default::default() };
         assert_eq!(code(shim.close_io(patiently(), &close).await), Code::NOT_FOUND);
     }
 }
@@ -120,22 +79,10 @@ async fn a_running_task_is_not_to_be_started_deleted_or_resumed() {
     let container = Container::idle(&[]);
     let shim = connect(&container).await;
     let id = container.id();
-    assert_eq!(
-        code(shim.start(patiently(), &start(id, "")).await),
-        Code::FAILED_PRECONDITION
-    );
-    assert_eq!(
-        code(shim.delete(patiently(), &delete(id, "")).await),
-        Code::FAILED_PRECONDITION
-    );
-    let resume = ResumeRequest {
-        id: id.into(),
-        ..Default::default()
-    };
-    assert_eq!(
-        code(shim.resume(patiently(), &resume).await),
-        Code::FAILED_PRECONDITION
-    );
+    assert_eq!(code(shim.start(patiently(), &start(id, "")).await), Code::FAILED_PRECONDITION);
+    assert_eq!(code(shim.delete(patiently(), &delete(id, "")).await), Code::FAILED_PRECONDITION);
+    let resume = ResumeRequest { id: id.into(), ..Default::default() };
+    assert_eq!(code(shim.resume(patiently(), &resume).await), Code::FAILED_PRECONDITION);
     assert_eq!(status(&shim, id, "").await, Status::RUNNING);
 }
 
@@ -144,50 +91,21 @@ async fn an_exec_goes_through_its_states() {
     let container = Container::idle(&[]);
     let shim = connect(&container).await;
     let id = container.id();
-    shim.exec(patiently(), &exec(id, "one", &["sleep", "1000"]))
-        .await
-        .unwrap();
-    assert_eq!(
-        code(shim.exec(patiently(), &exec(id, "one", &["true"])).await),
-        Code::ALREADY_EXISTS
-    );
+    shim.exec(patiently(), &exec(id, "one", &["sleep", "1000"])).await.unwrap();
+    assert_eq!(code(shim.exec(patiently(), &exec(id, "one", &["true"])).await), Code::ALREADY_EXISTS);
     assert_eq!(status(&shim, id, "one").await, Status::CREATED);
 
     assert_ne!(shim.start(patiently(), &start(id, "one")).await.unwrap().pid, 0);
     assert_eq!(status(&shim, id, "one").await, Status::RUNNING);
-    assert_eq!(
-        code(shim.start(patiently(), &start(id, "one")).await),
-        Code::FAILED_PRECONDITION
-    );
-    assert_eq!(
-        code(shim.delete(patiently(), &delete(id, "one")).await),
-        Code::FAILED_PRECONDITION
-    );
+    assert_eq!(code(shim.start(patiently(), &start(id, "one")).await), Code::FAILED_PRECONDITION);
+    assert_eq!(code(shim.delete(patiently(), &delete(id, "one")).await), Code::FAILED_PRECONDITION);
 
     shim.kill(patiently(), &kill(id, "one", 9)).await.unwrap();
-    assert_eq!(
-        shim.wait(patiently(), &wait(id, "one"))
-            .await
-            .unwrap()
-            .exit_status,
-        137
-    );
+    assert_eq!(shim.wait(patiently(), &wait(id, "one")).await.unwrap().exit_status, 137);
     assert_eq!(status(&shim, id, "one").await, Status::STOPPED);
-    assert_eq!(
-        code(shim.kill(patiently(), &kill(id, "one", 9)).await),
-        Code::NOT_FOUND
-    );
-    assert_eq!(
-        shim.delete(patiently(), &delete(id, "one"))
-            .await
-            .unwrap()
-            .exit_status,
-        137
-    );
-    assert_eq!(
-        code(shim.delete(patiently(), &delete(id, "one")).await),
-        Code::NOT_FOUND
-    );
+    assert_eq!(code(shim.kill(patiently(), &kill(id, "one", 9)).await), Code::NOT_FOUND);
+    assert_eq!(shim.delete(patiently(), &delete(id, "one")).await.unwrap().exit_status, 137);
+    assert_eq!(code(shim.delete(patiently(), &delete(id, "one")).await), Code::NOT_FOUND);
 }
 
 #[tokio::test]
@@ -195,32 +113,14 @@ async fn a_stopped_container_takes_no_exec_and_remembers_its_end() {
     let container = Container::detached(BUSYBOX, &[], &["sh", "-c", "exit 6"]);
     let shim = connect(&container).await;
     let id = container.id();
-    assert_eq!(
-        shim.wait(patiently(), &wait(id, "")).await.unwrap().exit_status,
-        6
-    );
+    assert_eq!(shim.wait(patiently(), &wait(id, "")).await.unwrap().exit_status, 6);
 
     assert_eq!(status(&shim, id, "").await, Status::STOPPED);
-    assert_eq!(
-        code(shim.exec(patiently(), &exec(id, "late", &["true"])).await),
-        Code::FAILED_PRECONDITION
-    );
-    assert_eq!(
-        code(shim.kill(patiently(), &kill(id, "", 15)).await),
-        Code::NOT_FOUND
-    );
-    let pause = PauseRequest {
-        id: id.into(),
-        ..Default::default()
-    };
-    assert_eq!(
-        code(shim.pause(patiently(), &pause).await),
-        Code::FAILED_PRECONDITION
-    );
-    assert_eq!(
-        shim.wait(patiently(), &wait(id, "")).await.unwrap().exit_status,
-        6
-    );
+    assert_eq!(code(shim.exec(patiently(), &exec(id, "late", &["true"])).await), Code::FAILED_PRECONDITION);
+    assert_eq!(code(shim.kill(patiently(), &kill(id, "", 15)).await), Code::NOT_FOUND);
+    let pause = PauseRequest { id: id.into(), ..Default::default() };
+    assert_eq!(code(shim.pause(patiently(), &pause).await), Code::FAILED_PRECONDITION);
+    assert_eq!(shim.wait(patiently(), &wait(id, "")).await.unwrap().exit_status, 6);
 }
 
 #[tokio::test]
@@ -228,55 +128,31 @@ async fn what_makes_no_sense_is_an_invalid_argument() {
     let container = Container::idle(&[]);
     let shim = connect(&container).await;
     let id = container.id();
-    assert_eq!(
-        code(shim.exec(patiently(), &exec(id, "../up", &["true"])).await),
-        Code::INVALID_ARGUMENT
-    );
+    assert_eq!(code(shim.exec(patiently(), &exec(id, "../up", &["true"])).await), Code::INVALID_ARGUMENT);
     let mut malformed = exec(id, "malformed", &["true"]);
     malformed.spec.as_mut().unwrap().value = b"{ not json".to_vec();
-    assert_eq!(
-        code(shim.exec(patiently(), &malformed).await),
-        Code::INVALID_ARGUMENT
-    );
-    assert_eq!(
-        code(shim.kill(patiently(), &kill(id, "", 999)).await),
-        Code::INVALID_ARGUMENT
-    );
+    assert_eq!(code(shim.exec(patiently(), &malformed).await), Code::INVALID_ARGUMENT);
+    assert_eq!(code(shim.kill(patiently(), &kill(id, "", 999)).await), Code::INVALID_ARGUMENT);
 }
 
 #[tokio::test]
 async fn checkpoints_are_unimplemented_and_say_so() {
     let container = Container::idle(&[]);
     let shim = connect(&container).await;
-    let request = CheckpointTaskRequest {
-        id: container.id().into(),
-        path: "/tmp".into(),
-        ..Default::default()
-    };
-    assert_eq!(
-        code(shim.checkpoint(patiently(), &request).await),
-        Code::UNIMPLEMENTED
-    );
+    let request =
+        CheckpointTaskRequest { id: container.id().into(), path: "/tmp".into(), ..Default::default() };
+    assert_eq!(code(shim.checkpoint(patiently(), &request).await), Code::UNIMPLEMENTED);
 }
 
 #[tokio::test]
 async fn a_shim_with_a_task_does_not_shut_down() {
     let container = Container::idle(&[]);
     let shim = connect(&container).await;
-    let request = ShutdownRequest {
-        id: container.id().into(),
-        ..Default::default()
-    };
+    let request = ShutdownRequest { id: container.id().into(), ..Default::default() };
     shim.shutdown(patiently(), &request).await.unwrap();
     assert_eq!(status(&shim, container.id(), "").await, Status::RUNNING);
     let connected = shim
-        .connect(
-            patiently(),
-            &ConnectRequest {
-                id: container.id().into(),
-                ..Default::default()
-            },
-        )
+        .connect(patiently(), &ConnectRequest { id: container.id().into(), ..Default::default() })
         .await
         .unwrap();
     assert_eq!(connected.task_pid, container.pid());
@@ -287,13 +163,8 @@ async fn a_shim_with_a_task_does_not_shut_down() {
 async fn a_program_that_is_not_there_is_named() {
     let container = Container::idle(&[]);
     let shim = connect(&container).await;
-    shim.exec(patiently(), &exec(container.id(), "none", &["no-such-program"]))
-        .await
-        .unwrap();
-    let error = shim
-        .start(patiently(), &start(container.id(), "none"))
-        .await
-        .unwrap_err();
+    shim.exec(patiently(), &exec(container.id(), "none", &["no-such-program"])).await.unwrap();
+    let error = shim.start(patiently(), &start(container.id(), "none")).await.unwrap_err();
     assert!(error.to_string().contains("no-such-program"), "{error}");
     assert_eq!(container.script("echo alive"), "alive");
 }

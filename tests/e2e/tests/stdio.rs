@@ -12,9 +12,7 @@ fn noise(length: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut bytes = Vec::with_capacity(length + 8);
     while bytes.len() < length {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         bytes.extend_from_slice(&state.to_le_bytes());
     }
     bytes.truncate(length);
@@ -22,10 +20,7 @@ fn noise(length: usize) -> Vec<u8> {
 }
 
 fn digest(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[test]
@@ -43,10 +38,8 @@ fn a_hundred_megabytes_pass_through_cat_unchanged() {
 #[test]
 fn the_end_of_stdin_reaches_the_program_and_its_answer_comes_back() {
     let container = Container::idle(&[]);
-    let outcome = container.exec_with_input(
-        &["sh", "-c", "sha256sum; echo after the end"],
-        b"some input".to_vec(),
-    );
+    let outcome =
+        container.exec_with_input(&["sh", "-c", "sha256sum; echo after the end"], b"some input".to_vec());
     let text = outcome.success().text();
     assert!(text.starts_with(&digest(b"some input")), "{text}");
     assert!(text.ends_with("after the end"), "{text}");
@@ -66,16 +59,8 @@ fn output_goes_to_a_file_log_uri() {
     let container = Container::unborn();
     let uri = format!("file://{}", log.display());
 
-    let mut command = ctr([
-        "run",
-        "--runtime",
-        &runtime(),
-        "--detach",
-        "--log-uri",
-        &uri,
-        BUSYBOX,
-        container.id(),
-    ]);
+    let mut command =
+        ctr(["run", "--runtime", &runtime(), "--detach", "--log-uri", &uri, BUSYBOX, container.id()]);
     run(command.args(["sh", "-c", "echo logged; echo and this >&2"])).success();
 
     mayu_e2e::shim::eventually("the log has both lines", || {
@@ -98,16 +83,8 @@ fn output_goes_to_a_binary_log_uri() {
     let container = Container::unborn();
     let uri = format!("binary://{}", logger.display());
 
-    let mut command = ctr([
-        "run",
-        "--runtime",
-        &runtime(),
-        "--detach",
-        "--log-uri",
-        &uri,
-        BUSYBOX,
-        container.id(),
-    ]);
+    let mut command =
+        ctr(["run", "--runtime", &runtime(), "--detach", "--log-uri", &uri, BUSYBOX, container.id()]);
     run(command.args(["echo", "through the logger"])).success();
 
     let expected = format!("through the logger\ndefault {}\n", container.id());

@@ -48,12 +48,7 @@ impl Session {
                 }
             }
         });
-        Self {
-            ctr,
-            keyboard,
-            screen,
-            seen: String::new(),
-        }
+        Self { ctr, keyboard, screen, seen: String::new() }
     }
 
     fn type_in(&mut self, keys: &str) {
@@ -82,11 +77,7 @@ impl Session {
         let window = window(size);
         // SAFETY: the descriptor is a terminal's, and the structure lives across the call.
         unsafe { request::set_window_size(self.keyboard.as_raw_fd(), &raw const window) }.unwrap();
-        kill(
-            Pid::from_raw(i32::try_from(self.ctr.id()).unwrap()),
-            Signal::SIGWINCH,
-        )
-        .unwrap();
+        kill(Pid::from_raw(i32::try_from(self.ctr.id()).unwrap()), Signal::SIGWINCH).unwrap();
     }
 
     fn end(mut self) -> i32 {
@@ -95,21 +86,14 @@ impl Session {
 }
 
 fn window((rows, columns): (u16, u16)) -> Winsize {
-    Winsize {
-        ws_row: rows,
-        ws_col: columns,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    }
+    Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 }
 }
 
 #[test]
 fn a_shell_on_a_terminal_sees_its_size_and_every_change_of_it() {
     let container = Container::unborn();
-    let mut session = Session::start(
-        &mut container.run_command(&["--rm", "--tty"], BUSYBOX, &["sh"]),
-        (24, 80),
-    );
+    let mut session =
+        Session::start(&mut container.run_command(&["--rm", "--tty"], BUSYBOX, &["sh"]), (24, 80));
 
     session.type_in("echo READY $((20+3)); tty\n");
     session.expect("READY 23");
@@ -130,10 +114,8 @@ fn control_c_interrupts_the_program_in_the_foreground() {
     let container = Container::unborn();
     let script = "trap 'echo CAUGHT; exit 3' INT; echo READY; while :; do sleep 0.1; done";
     let command = ["sh", "-c", script];
-    let mut session = Session::start(
-        &mut container.run_command(&["--rm", "--tty"], BUSYBOX, &command),
-        (24, 80),
-    );
+    let mut session =
+        Session::start(&mut container.run_command(&["--rm", "--tty"], BUSYBOX, &command), (24, 80));
 
     session.expect("READY");
     session.type_in("\x03");

@@ -42,12 +42,7 @@ impl VmmClient {
         let pending = Pending::default();
         let (events, stream) = mpsc::channel(EVENT_BACKLOG);
         tokio::spawn(read_messages(socket.clone(), pending.clone(), events));
-        let client = Self {
-            socket,
-            pending,
-            next_id: AtomicU64::new(1),
-            deadline,
-        };
+        let client = Self { socket, pending, next_id: AtomicU64::new(1), deadline };
         Ok((client, stream))
     }
 
@@ -86,10 +81,7 @@ impl VmmClient {
         })
         .await;
         lock(&self.pending).remove(&id);
-        answer.unwrap_or(Err(Error::Timeout {
-            operation,
-            seconds: self.deadline.as_secs(),
-        }))
+        answer.unwrap_or(Err(Error::Timeout { operation, seconds: self.deadline.as_secs() }))
     }
 
     async fn send(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<()> {
@@ -167,22 +159,15 @@ mod tests {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
     fn connect() -> (VmmClient, EventStream, OwnedFd) {
-        let (ours, theirs) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )
-        .unwrap();
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
         let (client, events) = VmmClient::new(ours, Duration::from_millis(200)).unwrap();
         (client, events, theirs)
     }
 
     fn answer(vmm: &OwnedFd, body: Reply) {
         let (message, _) = frame::receive(vmm).unwrap();
-        let Message::Request { id, .. } = message else {
-            panic!("not a request")
-        };
+        let Message::Request { id, .. } = message else { panic!("not a request") };
         frame::send(vmm, &Message::Reply { id, body }, &[]).unwrap();
     }
 
@@ -190,17 +175,9 @@ mod tests {
     async fn a_refusal_carries_the_reason_and_the_operation() {
         let (client, _events, vmm) = connect();
         let server = std::thread::spawn(move || {
-            answer(
-                &vmm,
-                Reply::Error {
-                    reason: "no such slot".into(),
-                },
-            )
+            answer(&vmm, Reply::Error { reason: "no such slot".into() });
         });
-        let error = client
-            .request(Request::DetachBlock { slot: 9 }, &[])
-            .await
-            .unwrap_err();
+        let error = client.request(Request::DetachBlock { slot: 9 }, &[]).await.unwrap_err();
         server.join().unwrap();
         assert_eq!(error.to_string(), "VMM: detach a block device: no such slot");
     }
@@ -209,13 +186,7 @@ mod tests {
     async fn a_silent_vmm_costs_one_deadline_and_leaves_nothing_pending() {
         let (client, _events, _vmm) = connect();
         let error = client.request(Request::Resume, &[]).await.unwrap_err();
-        assert!(matches!(
-            error,
-            Error::Timeout {
-                operation: "resume the vCPUs",
-                ..
-            }
-        ));
+        assert!(matches!(error, Error::Timeout { operation: "resume the vCPUs", .. }));
         assert!(lock(&client.pending).is_empty());
     }
 
@@ -232,14 +203,7 @@ mod tests {
     async fn events_arrive_in_order() {
         let (_client, mut events, vmm) = connect();
         for pid in [1, 2] {
-            frame::send(
-                &vmm,
-                &Message::Event {
-                    body: Event::Started { pid },
-                },
-                &[],
-            )
-            .unwrap();
+            frame::send(&vmm, &Message::Event { body: Event::Started { pid } }, &[]).unwrap();
         }
         assert_eq!(events.recv().await.unwrap().0, Event::Started { pid: 1 });
         assert_eq!(events.recv().await.unwrap().0, Event::Started { pid: 2 });

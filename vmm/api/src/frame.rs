@@ -22,32 +22,16 @@ pub const MAX_FDS: usize = 8;
 pub fn send(socket: impl AsFd, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<()> {
     let frame = serde_json::to_vec(message).map_err(Error::Malformed)?;
     if frame.len() > MAX_FRAME {
-        return Err(Error::TooLarge {
-            limit: MAX_FRAME,
-            unit: "bytes",
-        });
+        return Err(Error::TooLarge { limit: MAX_FRAME, unit: "bytes" });
     }
     if fds.len() > MAX_FDS {
-        return Err(Error::TooLarge {
-            limit: MAX_FDS,
-            unit: "descriptors",
-        });
+        return Err(Error::TooLarge { limit: MAX_FDS, unit: "descriptors" });
     }
     let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let control = [ControlMessage::ScmRights(&raw)];
-    let control = if raw.is_empty() {
-        &control[..0]
-    } else {
-        &control[..]
-    };
-    sendmsg::<()>(
-        socket.as_fd().as_raw_fd(),
-        &[IoSlice::new(&frame)],
-        control,
-        MsgFlags::MSG_NOSIGNAL,
-        None,
-    )
-    .map_err(|errno| Error::Send(errno.into()))?;
+    let control = if raw.is_empty() { &control[..0] } else { &control[..] };
+    sendmsg::<()>(socket.as_fd().as_raw_fd(), &[IoSlice::new(&frame)], control, MsgFlags::MSG_NOSIGNAL, None)
+        .map_err(|errno| Error::Send(errno.into()))?;
     Ok(())
 }
 
@@ -60,29 +44,19 @@ pub fn receive(socket: impl AsFd) -> Result<(Message, Vec<OwnedFd>)> {
     let mut frame = vec![0; MAX_FRAME];
     let mut control = cmsg_space!([std::os::fd::RawFd; MAX_FDS]);
     let mut parts = [IoSliceMut::new(&mut frame)];
-    let received = recvmsg::<()>(
-        socket.as_fd().as_raw_fd(),
-        &mut parts,
-        Some(&mut control),
-        MsgFlags::MSG_CMSG_CLOEXEC,
-    )
-    .map_err(|errno| match errno {
-        Errno::ECONNRESET => Error::Closed,
-        errno => Error::Receive(errno.into()),
-    })?;
+    let received =
+        recvmsg::<()>(socket.as_fd().as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)
+            .map_err(|errno| match errno {
+                Errno::ECONNRESET => Error::Closed,
+                errno => Error::Receive(errno.into()),
+            })?;
     let fds = take_descriptors(&received)?;
     let (length, flags) = (received.bytes, received.flags);
     if flags.contains(MsgFlags::MSG_TRUNC) {
-        return Err(Error::TooLarge {
-            limit: MAX_FRAME,
-            unit: "bytes",
-        });
+        return Err(Error::TooLarge { limit: MAX_FRAME, unit: "bytes" });
     }
     if flags.contains(MsgFlags::MSG_CTRUNC) {
-        return Err(Error::TooLarge {
-            limit: MAX_FDS,
-            unit: "descriptors",
-        });
+        return Err(Error::TooLarge { limit: MAX_FDS, unit: "descriptors" });
     }
     if length == 0 {
         return Err(Error::Closed);
@@ -94,10 +68,7 @@ pub fn receive(socket: impl AsFd) -> Result<(Message, Vec<OwnedFd>)> {
 #[allow(unsafe_code)]
 fn take_descriptors(received: &nix::sys::socket::RecvMsg<'_, '_, ()>) -> Result<Vec<OwnedFd>> {
     let mut fds = Vec::new();
-    for message in received
-        .cmsgs()
-        .map_err(|errno| Error::Receive(io::Error::from(errno)))?
-    {
+    for message in received.cmsgs().map_err(|errno| Error::Receive(io::Error::from(errno)))? {
         if let ControlMessageOwned::ScmRights(raw) = message {
             // SAFETY: the kernel has just installed these descriptors for this call, and nobody else knows them.
             fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
@@ -115,23 +86,14 @@ mod tests {
     use std::io::{Read, Write};
 
     fn pair() -> (OwnedFd, OwnedFd) {
-        socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )
-        .unwrap()
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
     }
 
     #[test]
     fn a_message_arrives_with_its_descriptors() {
         let (a, b) = pair();
         let (reader, writer) = nix::unistd::pipe().unwrap();
-        let message = Message::Request {
-            id: 7,
-            body: Request::VsockConnect { port: 1025 },
-        };
+        let message = Message::Request { id: 7, body: Request::VsockConnect { port: 1025 } };
 
         send(&a, &message, &[writer.as_fd()]).unwrap();
         drop(writer);
@@ -176,9 +138,7 @@ mod tests {
     fn an_oversized_message_is_not_sent() {
         let (a, _b) = pair();
         let reason = ExitReason::Failed("x".repeat(MAX_FRAME));
-        let message = Message::Event {
-            body: Event::Exited(reason),
-        };
+        let message = Message::Event { body: Event::Exited(reason) };
         assert!(matches!(send(&a, &message, &[]), Err(Error::TooLarge { .. })));
     }
 }
