@@ -151,6 +151,9 @@ impl MmioTransport {
         self.paused = false;
         if self.active {
             self.device.resume();
+            if self.health.is_broken() {
+                self.stop_and_tell();
+            }
         }
     }
 
