@@ -27,10 +27,7 @@ impl<'a> Chain<'a> {
     where
         M: Deref<Target = GuestMemoryMmap>,
     {
-        let mut chain = Self {
-            readable: Buffers::default(),
-            writable: Buffers::default(),
-        };
+        let mut chain = Self { readable: Buffers::default(), writable: Buffers::default() };
         let mut left = limit;
         let mut complete = false;
         let mut seen_writable = false;

@@ -7,15 +7,15 @@
 //! The driver is hostile. `queue` checks where it puts its rings, [`chain`] what it puts into a descriptor chain;
 //! what remains to a device is the meaning of the bytes.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::event_loop::Registrar;
 
 pub mod block;
@@ -47,10 +47,7 @@ pub struct Interrupt {
 impl Interrupt {
     /// An interrupt that raises `line`, an eventfd that KVM knows as an irqfd.
     pub fn new(line: EventFd) -> Self {
-        Self {
-            status: Arc::default(),
-            line: Arc::new(line),
-        }
+        Self { status: Arc::default(), line: Arc::new(line) }
     }
 
     /// Tells the driver that buffers were used.
@@ -122,8 +119,9 @@ pub struct Activation {
 /// Shared by the transport, the device and its worker threads.
 #[derive(Clone, Debug, Default)]
 pub struct Health {
-    errors: Arc<std::sync::atomic::AtomicU64>,
-    broken: Arc<std::sync::atomic::AtomicBool>,
+    errors: Arc<AtomicU64>,
+    broken: Arc<AtomicBool>,
+    failure: Arc<Mutex<Option<Error>>>,
 }
 
 impl Health {
@@ -139,6 +137,17 @@ impl Health {
         self.broken.store(true, Ordering::SeqCst);
     }
 
+    /// The same, with the reason.
+    pub fn fail(&self, error: Error) {
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        self.set_broken();
+    }
+
+    /// Why the device last broke, if that has not been asked before: for the log.
+    pub fn take_failure(&self) -> Option<Error> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// Whether the device needs a reset.
     pub fn is_broken(&self) -> bool {
         self.broken.load(Ordering::SeqCst)
@@ -152,6 +161,14 @@ impl Health {
     /// Refused requests since the machine was built.
     pub fn errors(&self) -> u64 {
         self.errors.load(Ordering::Relaxed)
+    }
+}
+
+/// Fills `out` with what lies at `offset` of a device's configuration; what lies beyond reads as zero.
+fn read_config_from(config: &[u8], offset: u64, out: &mut [u8]) {
+    let rest = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
+    for (number, byte) in out.iter_mut().enumerate() {
+        *byte = rest.get(number).copied().unwrap_or(0);
     }
 }
 

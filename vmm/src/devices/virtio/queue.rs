@@ -28,10 +28,7 @@ pub(super) struct QueuePosition {
 
 impl From<QueueState> for QueuePosition {
     fn from(state: QueueState) -> Self {
-        Self {
-            next_avail: state.next_avail,
-            next_used: state.next_used,
-        }
+        Self { next_avail: state.next_avail, next_used: state.next_used }
     }
 }
 
@@ -55,9 +52,7 @@ pub(super) fn build(
         .enumerate()
         .map(|(number, (queue, &max_size))| {
             let position = positions.get(number).copied().unwrap_or_default();
-            queue
-                .build(max_size, position, event_idx, memory)
-                .map_err(|problem| (number, problem))
+            queue.build(max_size, position, event_idx, memory).map_err(|problem| (number, problem))
         })
         .collect::<Result<_, _>>()?;
     check_overlap(registers)?;
@@ -72,12 +67,8 @@ impl QueueRegisters {
         event_idx: bool,
         memory: &GuestMemoryMmap,
     ) -> Result<Queue, &'static str> {
-        let mut state = QueueState {
-            max_size,
-            size: max_size,
-            event_idx_enabled: event_idx,
-            ..QueueState::default()
-        };
+        let mut state =
+            QueueState { max_size, size: max_size, event_idx_enabled: event_idx, ..QueueState::default() };
         if self.ready {
             self.check(max_size, memory)?;
             state = QueueState {
@@ -123,21 +114,9 @@ impl QueueRegisters {
     fn areas(&self) -> [Area; 3] {
         let size = u64::from(self.size);
         [
-            Area {
-                start: self.descriptor_table,
-                length: 16 * size,
-                alignment: 16,
-            },
-            Area {
-                start: self.avail_ring,
-                length: 6 + 2 * size,
-                alignment: 2,
-            },
-            Area {
-                start: self.used_ring,
-                length: 6 + 8 * size,
-                alignment: 4,
-            },
+            Area { start: self.descriptor_table, length: 16 * size, alignment: 16 },
+            Area { start: self.avail_ring, length: 6 + 2 * size, alignment: 2 },
+            Area { start: self.used_ring, length: 6 + 8 * size, alignment: 4 },
         ]
     }
 }

@@ -129,8 +129,8 @@ impl VirtioDevice for Rng {
     fn resume(&mut self) {
         if let Some(active) = &mut self.active {
             active.paused = false;
-            if active.serve().is_err() {
-                active.health.set_broken();
+            if let Err(error) = active.serve() {
+                active.health.fail(error);
             }
         }
     }
@@ -147,9 +147,7 @@ impl VirtioDevice for Rng {
 impl Active {
     fn start_period(&mut self) -> Result<()> {
         // Also takes back the expiration. Reading it could block, if this event is from before a reset.
-        self.timer
-            .clear()
-            .map_err(|error| timer_error("stop its timer", error))?;
+        self.timer.clear().map_err(|error| timer_error("stop its timer", error))?;
         self.armed = false;
         self.budget = BUDGET;
         Ok(())
@@ -169,9 +167,7 @@ impl Active {
             {
                 let head = chain.head_index();
                 let written = self.answer(&memory, chain)?;
-                self.queue
-                    .add_used(&*memory, head, written)
-                    .map_err(queue_error)?;
+                self.queue.add_used(&*memory, head, written).map_err(queue_error)?;
             }
             // With no budget left, the end of the period is what goes on, and no kick.
             if self.budget == 0 || !self.queue.enable_notification(&*memory).map_err(queue_error)? {
@@ -204,9 +200,7 @@ impl Active {
     fn spend(&mut self, bytes: usize) -> Result<()> {
         self.budget = self.budget.saturating_sub(bytes);
         if !self.armed {
-            self.timer
-                .reset(PERIOD, None)
-                .map_err(|error| timer_error("start its timer", error))?;
+            self.timer.reset(PERIOD, None).map_err(|error| timer_error("start its timer", error))?;
             self.armed = true;
         }
         Ok(())
@@ -230,17 +224,9 @@ fn fill(mut buffers: Buffers<'_>) -> Result<()> {
 }
 
 fn queue_error(source: virtio_queue::Error) -> Error {
-    Error::Queue {
-        device: "rng",
-        queue: 0,
-        source,
-    }
+    Error::Queue { device: "rng", queue: 0, source }
 }
 
 fn timer_error(operation: &'static str, error: vmm_sys_util::errno::Error) -> Error {
-    Error::Device {
-        device: "rng",
-        operation,
-        source: error.into(),
-    }
+    Error::Device { device: "rng", operation, source: error.into() }
 }

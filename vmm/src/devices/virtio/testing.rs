@@ -41,10 +41,7 @@ const INTERRUPT: u64 = u64::MAX;
 pub(crate) fn guest_memory() -> GuestMemory {
     let regions = [
         (GuestAddress(0), usize::try_from(LOW_MEMORY).unwrap()),
-        (
-            GuestAddress(HIGH_MEMORY),
-            usize::try_from(HIGH_MEMORY_SIZE).unwrap(),
-        ),
+        (GuestAddress(HIGH_MEMORY), usize::try_from(HIGH_MEMORY_SIZE).unwrap()),
     ];
     GuestMemory::new(GuestMemoryMmap::from_ranges(&regions).unwrap())
 }
@@ -61,28 +58,17 @@ pub(crate) struct Descriptor {
 impl Descriptor {
     /// A buffer that the device reads; [`DriverQueue::add`] links it.
     pub(crate) fn readable(address: u64, length: u32) -> Self {
-        Self {
-            address,
-            length,
-            flags: 0,
-            next: 0,
-        }
+        Self { address, length, flags: 0, next: 0 }
     }
 
     /// A buffer that the device writes.
     pub(crate) fn writable(address: u64, length: u32) -> Self {
-        Self {
-            flags: WRITE,
-            ..Self::readable(address, length)
-        }
+        Self { flags: WRITE, ..Self::readable(address, length) }
     }
 
     /// A table of `count` descriptors.
     pub(crate) fn indirect(address: u64, count: u32) -> Self {
-        Self {
-            flags: INDIRECT,
-            ..Self::readable(address, count * 16)
-        }
+        Self { flags: INDIRECT, ..Self::readable(address, count * 16) }
     }
 
     fn bytes(self) -> Vec<u8> {
@@ -140,11 +126,7 @@ impl DriverQueue {
 
     /// Writes one descriptor of the table.
     pub(crate) fn write_descriptor(&self, number: u16, descriptor: Descriptor) {
-        write(
-            &self.memory,
-            self.descriptor_table + u64::from(number) * 16,
-            &descriptor.bytes(),
-        );
+        write(&self.memory, self.descriptor_table + u64::from(number) * 16, &descriptor.bytes());
     }
 
     /// Links the descriptors, puts them where none were before (the table is used round and round), and makes them
@@ -234,15 +216,9 @@ impl Driver {
             )
             .unwrap();
         let sizes = device.queue_sizes().to_vec();
-        let events = sizes
-            .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK).unwrap())
-            .collect();
-        let queues = sizes
-            .iter()
-            .enumerate()
-            .map(|(number, &size)| DriverQueue::new(&memory, number, size))
-            .collect();
+        let events = sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
+        let queues =
+            sizes.iter().enumerate().map(|(number, &size)| DriverQueue::new(&memory, number, size)).collect();
         let registrar = Registrar::new(Arc::clone(&epoll), 0);
         Self {
             transport: MmioTransport::new(device, memory.clone(), interrupt, events, registrar),
@@ -270,7 +246,7 @@ impl Driver {
             self.set_up_queue(number);
         }
         self.write_register(VIRTIO_MMIO_STATUS, RUNNING);
-        assert_eq!(self.status(), RUNNING, "{:?}", self.transport.take_failure());
+        assert_eq!(self.status(), RUNNING, "{:?}", self.transport.health().take_failure());
     }
 
     /// From reset to FEATURES_OK.
@@ -327,8 +303,7 @@ impl Driver {
     /// Reads the device's configuration.
     pub(crate) fn config(&mut self, offset: u64, length: usize) -> Vec<u8> {
         let mut data = vec![0xee; length];
-        self.transport
-            .read(u64::from(VIRTIO_MMIO_CONFIG) + offset, &mut data);
+        self.transport.read(u64::from(VIRTIO_MMIO_CONFIG) + offset, &mut data);
         data
     }
 
@@ -387,10 +362,7 @@ impl Driver {
 
     /// A table for [`Descriptor::indirect`] with these descriptors, as they are.
     pub(crate) fn alloc_table(&mut self, descriptors: &[Descriptor]) -> u64 {
-        let bytes: Vec<u8> = descriptors
-            .iter()
-            .flat_map(|descriptor| descriptor.bytes())
-            .collect();
+        let bytes: Vec<u8> = descriptors.iter().flat_map(|descriptor| descriptor.bytes()).collect();
         self.alloc_bytes(&bytes)
     }
 
@@ -437,9 +409,6 @@ fn write(memory: &GuestMemory, address: u64, bytes: &[u8]) {
 
 fn read(memory: &GuestMemory, address: u64, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
-    memory
-        .memory()
-        .read_slice(&mut bytes, GuestAddress(address))
-        .unwrap();
+    memory.memory().read_slice(&mut bytes, GuestAddress(address)).unwrap();
     bytes
 }

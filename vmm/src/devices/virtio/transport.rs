@@ -47,7 +47,6 @@ pub struct MmioTransport {
     queue_events: Vec<EventFd>,
     registrar: Registrar,
     health: Health,
-    failure: Option<Error>,
     registers: Registers,
     /// The device has been activated, and neither reset nor broken since.
     active: bool,
@@ -93,7 +92,6 @@ impl MmioTransport {
             queue_events,
             registrar,
             health: Health::default(),
-            failure: None,
             registers,
             active: false,
             paused: false,
@@ -163,12 +161,7 @@ impl MmioTransport {
             registers: self.registers.clone(),
             needs_reset: self.health.is_broken(),
             interrupt_status: self.interrupt.status(),
-            positions: self
-                .device
-                .queue_states()
-                .into_iter()
-                .map(QueuePosition::from)
-                .collect(),
+            positions: self.device.queue_states().into_iter().map(QueuePosition::from).collect(),
             device: self.device.save(),
         }
     }
@@ -193,19 +186,12 @@ impl MmioTransport {
             self.activate(&state.positions)?;
             self.device.pause();
         }
-        self.interrupt
-            .restore(state.interrupt_status)
-            .map_err(Error::EventFd)
+        self.interrupt.restore(state.interrupt_status).map_err(Error::EventFd)
     }
 
-    /// The counters, and whether the device needs a reset.
+    /// The counters, whether the device needs a reset, and why.
     pub fn health(&self) -> &Health {
         &self.health
-    }
-
-    /// Why the device needed its last reset, if that has not been asked before: for the log.
-    pub fn take_failure(&mut self) -> Option<Error> {
-        self.failure.take()
     }
 
     /// The eventfd that KVM writes when the driver kicks this queue.
@@ -262,9 +248,7 @@ impl MmioTransport {
 
     /// A kick that reached the VMM instead of KVM's ioeventfd.
     fn notify(&self, queue: u32) -> bool {
-        let event = usize::try_from(queue)
-            .ok()
-            .and_then(|queue| self.queue_events.get(queue));
+        let event = usize::try_from(queue).ok().and_then(|queue| self.queue_events.get(queue));
         match event {
             Some(event) if self.active => event.write(1).is_ok(),
             _ => false,
@@ -321,9 +305,7 @@ impl MmioTransport {
 
     fn selected_max_size(&self) -> u16 {
         let queue = usize::try_from(self.registers.queue_select).ok();
-        queue
-            .and_then(|queue| self.device.queue_sizes().get(queue).copied())
-            .unwrap_or(0)
+        queue.and_then(|queue| self.device.queue_sizes().get(queue).copied()).unwrap_or(0)
     }
 
     fn activate(&mut self, positions: &[QueuePosition]) -> Result<()> {
@@ -368,8 +350,7 @@ impl MmioTransport {
     }
 
     fn fail(&mut self, error: Error) {
-        self.failure = Some(error);
-        self.health.set_broken();
+        self.health.fail(error);
         self.stop_and_tell();
     }
 
@@ -395,19 +376,13 @@ impl MmioTransport {
     }
 
     fn no_restore(&self, problem: &'static str) -> Error {
-        Error::RestoreDevice {
-            device_type: self.device.device_type(),
-            problem,
-        }
+        Error::RestoreDevice { device_type: self.device.device_type(), problem }
     }
 }
 
 impl Registers {
     fn new(queues: usize) -> Self {
-        Self {
-            queues: vec![QueueRegisters::default(); queues],
-            ..Self::default()
-        }
+        Self { queues: vec![QueueRegisters::default(); queues], ..Self::default() }
     }
 
     fn selected(&self) -> Option<&QueueRegisters> {

@@ -1,0 +1,119 @@
+//! What is behind a block device: a backend that comes and goes, and what the driver is told of it.
+
+use std::fs::File;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::BlockState;
+use super::backend::Backend;
+use crate::devices::virtio::Interrupt;
+use crate::error::{Error, Result};
+
+/// Fills and empties a block device while the guest runs.
+///
+/// Linux takes note of a new capacity only. So before a backend is replaced by another of the same size, the guest
+/// must have seen the slot empty, or it keeps what it had cached of the old one.
+#[derive(Clone)]
+pub struct BlockSlot {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    /// Locked during I/O. Always locked before `announcement`.
+    backend: Mutex<Option<Backend>>,
+    /// Never locked for long, since vCPUs wait for it when they read the configuration.
+    announcement: Mutex<Announcement>,
+}
+
+#[derive(Default)]
+struct Announcement {
+    state: BlockState,
+    /// The way to the driver, while there is one.
+    interrupt: Option<Interrupt>,
+    /// The capacity changed while there was no way to the driver, which may have read it before.
+    overdue: bool,
+}
+
+impl BlockSlot {
+    pub(super) fn new(backend: Option<Backend>) -> Self {
+        let state = BlockState { capacity: backend.as_ref().map_or(0, Backend::capacity), generation: 0 };
+        let announcement = Announcement { state, ..Announcement::default() };
+        Self {
+            shared: Arc::new(Shared { backend: Mutex::new(backend), announcement: Mutex::new(announcement) }),
+        }
+    }
+
+    /// Puts a file behind the device, in place of what was there, and tells the driver. Its capacity is the file's
+    /// size now, in whole sectors.
+    ///
+    /// # Errors
+    /// The file's size cannot be found, or the driver cannot be told.
+    pub fn attach(&self, file: File, read_only: bool) -> Result<()> {
+        self.replace(Some(Backend::new(file, read_only)?))
+    }
+
+    /// Empties the device and tells the driver. Waits for the request under way: after that the file is not used
+    /// any more.
+    ///
+    /// # Errors
+    /// The driver cannot be told.
+    pub fn detach(&self) -> Result<()> {
+        self.replace(None)
+    }
+
+    fn replace(&self, new: Option<Backend>) -> Result<()> {
+        let mut backend = self.backend();
+        *backend = new;
+        let capacity = backend.as_ref().map_or(0, Backend::capacity);
+        let mut announcement = self.announcement();
+        announcement.state.capacity = capacity;
+        announcement.state.generation = announcement.state.generation.wrapping_add(1);
+        announcement.overdue = true;
+        announcement.tell()
+    }
+
+    /// The backend, for one request.
+    pub(super) fn backend(&self) -> MutexGuard<'_, Option<Backend>> {
+        self.shared.backend.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the driver is told.
+    pub(super) fn state(&self) -> BlockState {
+        self.announcement().state.clone()
+    }
+
+    /// There is a driver that wants to be told.
+    pub(super) fn connect(&self, interrupt: Interrupt) -> Result<()> {
+        let mut announcement = self.announcement();
+        announcement.interrupt = Some(interrupt);
+        announcement.tell()
+    }
+
+    /// There is none any more.
+    pub(super) fn disconnect(&self) {
+        self.announcement().interrupt = None;
+    }
+
+    /// Goes on from what the driver was told before a save, and corrects it if that is not so any more.
+    pub(super) fn restore(&self, saved: &BlockState) {
+        let mut announcement = self.announcement();
+        let changed = announcement.state.capacity != saved.capacity;
+        announcement.state.generation = saved.generation.wrapping_add(u32::from(changed));
+        announcement.overdue = changed;
+    }
+
+    fn announcement(&self) -> MutexGuard<'_, Announcement> {
+        self.shared.announcement.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Announcement {
+    fn tell(&mut self) -> Result<()> {
+        if let Some(interrupt) = &self.interrupt
+            && self.overdue
+        {
+            interrupt.config_changed().map_err(Error::EventFd)?;
+            self.overdue = false;
+        }
+        Ok(())
+    }
+}
