@@ -57,6 +57,179 @@ pub enum Error {
         /// The reason.
         source: io::Error,
     },
+    /// KVM refused an operation.
+    #[error("KVM: cannot {operation}: {source}")]
+    Kvm {
+        /// What it was asked for.
+        operation: &'static str,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// The host's KVM is not the one whose interface has been stable since 2007, or the descriptor is not `/dev/kvm`.
+    #[error("KVM: the API version is {version}, not 12; is the descriptor /dev/kvm?")]
+    KvmVersion {
+        /// What it says.
+        version: i32,
+    },
+    /// The host's KVM lacks something.
+    #[error("KVM: the host's kernel lacks {name}")]
+    KvmCapability {
+        /// Its name in the KVM API documentation.
+        name: &'static str,
+    },
+    /// KVM would not set a model-specific register.
+    #[error("KVM: cannot set MSR {index:#x} of a vCPU")]
+    Msr {
+        /// Its number.
+        index: u32,
+    },
+    /// KVM lists more of something than this program can hold.
+    #[error("KVM: too many {what}")]
+    TooMany {
+        /// CPUID entries or MSRs.
+        what: &'static str,
+    },
+    /// The guest's memory has a size that no machine may have.
+    #[error(
+        "{mib} MiB of guest memory are not possible: at least {} and at most {} MiB are",
+        mayu_vmm_api::MIN_MEMORY_MIB,
+        mayu_vmm_api::MAX_MEMORY_MIB
+    )]
+    MemorySize {
+        /// What was asked for.
+        mib: u32,
+    },
+    /// The guest's memory would exceed the host's.
+    #[error("{mib} MiB of guest memory are more than the host's {host_mib} MiB")]
+    MemoryBeyondHost {
+        /// What was asked for.
+        mib: u32,
+        /// All that the host has.
+        host_mib: u64,
+    },
+    /// The host would not say how much memory it has.
+    #[error("cannot ask for the host's memory size: {0}")]
+    HostMemory(#[source] io::Error),
+    /// Guest memory could not be mapped.
+    #[error("cannot map {mib} MiB of guest memory: {source}")]
+    MapMemory {
+        /// What was asked for.
+        mib: u32,
+        /// The reason.
+        source: vm_memory::mmap::FromRangesError,
+    },
+    /// Something could not be written to guest memory.
+    #[error("cannot write to guest memory: {0}")]
+    WriteGuest(#[source] vm_memory::GuestMemoryError),
+    /// The kernel file could not be read.
+    #[error("cannot read the guest kernel: {0}")]
+    ReadKernel(#[source] io::Error),
+    /// The kernel file is not what it should be.
+    #[error("cannot load the guest kernel: {problem}")]
+    Kernel {
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The kernel command line cannot be made.
+    #[error("kernel command line: {source} (at most {limit} characters)")]
+    CommandLine {
+        /// What is wrong with it.
+        source: linux_loader::cmdline::Error,
+        /// The most characters it may have.
+        limit: usize,
+    },
+    /// The console's pipe could not be set up.
+    #[error("cannot use the console's descriptor: {0}")]
+    Console(#[source] io::Error),
+    /// A vCPU was told something that is not legal in its state.
+    #[error("cannot {command} vCPU {id}: it is {state:?}")]
+    VcpuCommand {
+        /// Its index.
+        id: u8,
+        /// What it was told.
+        command: String,
+        /// Where it is in its life.
+        state: crate::vcpu::State,
+    },
+    /// A vCPU does not obey.
+    #[error("vCPU {id} does not answer within {seconds} s")]
+    VcpuStuck {
+        /// Its index.
+        id: u8,
+        /// How long it had.
+        seconds: u64,
+    },
+    /// A vCPU's thread has ended.
+    #[error("the thread of vCPU {id} has ended")]
+    VcpuGone {
+        /// Its index.
+        id: u8,
+    },
+    /// A step into the jail failed.
+    #[error("jail: cannot {operation}: {source}")]
+    Jail {
+        /// The step.
+        operation: &'static str,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// The control socket is missing or cannot be set up.
+    #[error("cannot use the control socket (descriptor 3; mayu-vmm is started by the shim): {0}")]
+    ControlSocket(#[source] io::Error),
+    /// The shim has ended or breaks the protocol.
+    #[error(transparent)]
+    Control(mayu_vmm_api::Error),
+    /// The machine's description did not come first.
+    #[error("the shim's first message does not describe the machine")]
+    FirstRequest,
+    /// The shim sent a reply or an event.
+    #[error("the shim sent something that is not a request")]
+    NotARequest,
+    /// A request came without its descriptors, or with others.
+    #[error("cannot {operation}: the request carries {received} descriptors, not {expected}")]
+    Descriptors {
+        /// The request.
+        operation: &'static str,
+        /// How many it has.
+        expected: usize,
+        /// How many came.
+        received: usize,
+    },
+    /// A second description came.
+    #[error("the machine is built already")]
+    BuiltTwice,
+    /// There is no such block slot.
+    #[error("there is no block slot {slot}, only {slots} of them from 0 on")]
+    NoSuchSlot {
+        /// What was asked for.
+        slot: u8,
+        /// How many there are.
+        slots: usize,
+    },
+    /// The vCPUs run although they should not, or do not although they should.
+    #[error("the vCPUs {} running", if *.0 { "are" } else { "are not" })]
+    Running(bool),
+    /// The machine would have too many vCPUs, or none.
+    #[error("{vcpus} vCPUs are not possible: 1 to {} are", mayu_vmm_api::MAX_VCPUS)]
+    VcpuCount {
+        /// What was asked for.
+        vcpus: u8,
+    },
+}
+
+impl Error {
+    /// Says which operation KVM refused.
+    pub fn kvm(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |source| Self::Kvm {
+            operation,
+            source: source.into(),
+        }
+    }
+
+    /// Says what there is too much of.
+    pub fn too_many(what: &'static str) -> impl FnOnce(vmm_sys_util::fam::Error) -> Self {
+        move |_| Self::TooMany { what }
+    }
 }
 
 /// The result of a VMM operation.

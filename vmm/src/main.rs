@@ -1,1 +1,133 @@
-fn main() {}
+//! `mayu-vmm`: the process that holds one microVM. The shim starts it; nobody else needs to.
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use mayu_vmm::builder::{self, FIRST_DEVICE, Parts, SHARE_TAG};
+use mayu_vmm::control::{Control, Resources, Verdict};
+use mayu_vmm::devices::virtio::fs::Fs;
+use mayu_vmm::error::Result;
+use mayu_vmm::event_loop::EventLoop;
+use mayu_vmm::jail::{self, Side};
+use mayu_vmm::log::{self, RateLimit};
+use mayu_vmm::machine::Machine;
+use mayu_vmm_api::{Event, ExitReason, VmConfig};
+use slog::{Logger, error, info, o, warn};
+
+/// Numbers of the event loop's subscribers, up to the first device's.
+const CONTROL: u16 = 0;
+const VCPUS: u16 = 1;
+
+fn main() -> ExitCode {
+    let started = Instant::now();
+    if std::env::args().nth(1).is_some_and(|argument| argument == "--version") {
+        println!("mayu-vmm {}", env!("CARGO_PKG_VERSION"));
+        return ExitCode::SUCCESS;
+    }
+    let log = log::to_stderr();
+    match run(started, &log) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!(log, "the VMM cannot go on"; "error" => %error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(started: Instant, log: &Logger) -> Result<()> {
+    let mut control = Control::inherit()?;
+    let (id, config, resources) = control.receive_build()?;
+    let log = log.new(o!("sandbox" => config.sandbox_id.clone()));
+    let mut events = EventLoop::new()?;
+    let machine = match prepare(&config, resources, &mut control, &events, started) {
+        Ok(Some(machine)) => machine,
+        Ok(None) => return Ok(()),
+        Err(error) => {
+            control.answer(id, Err(error.to_string()))?;
+            return Err(error);
+        }
+    };
+    control.watch(events.registrar(CONTROL))?;
+    machine.watch_exits(&events.registrar(VCPUS))?;
+    control.answer(id, Ok(()))?;
+    info!(log, "machine built"; "vcpus" => config.vcpus, "memory_mib" => config.memory_mib);
+    serve(machine, &mut control, &mut events, &log)
+}
+
+/// Enters the jail and builds the machine there. `None` means that this is the process that stays outside.
+fn prepare(
+    config: &VmConfig,
+    resources: Resources,
+    control: &mut Control,
+    events: &EventLoop,
+    started: Instant,
+) -> Result<Option<Machine>> {
+    builder::check(config)?;
+    let announce = |pid: nix::unistd::Pid| control.announce(Event::Started { pid: pid.as_raw() });
+    if let Side::Outside = jail::enter(resources.share, config.uid, announce)? {
+        return Ok(None);
+    }
+    let fs = Fs::new(SHARE_TAG, jail::SHARE.as_ref())?;
+    jail::drop_capabilities()?;
+    let parts = Parts {
+        kvm: resources.kvm,
+        kernel: resources.kernel,
+        image: resources.image,
+        console: resources.console,
+        fs,
+        on_accept: control.acceptor(),
+        started,
+    };
+    builder::build(config, parts, events).map(Some)
+}
+
+/// Runs the machine until its guest, the shim or a failure ends it.
+fn serve(mut machine: Machine, control: &mut Control, events: &mut EventLoop, log: &Logger) -> Result<()> {
+    let mut device_failures = RateLimit::new(8, Duration::from_secs(10));
+    let reason = loop {
+        match turn(&mut machine, control, events, log, &mut device_failures) {
+            Ok(Verdict::Continue) => {}
+            Ok(Verdict::End(reason)) => break reason,
+            Ok(Verdict::Orphaned) => {
+                info!(log, "the shim has ended, and so does the machine");
+                return Ok(());
+            }
+            Err(error) => break ExitReason::Failed(error.to_string()),
+        }
+    };
+    let dropped = machine.finish_console();
+    info!(log, "machine ended";
+        "reason" => ?reason, "console_bytes_dropped" => dropped, "status" => ?machine.status());
+    control.finish(reason)
+}
+
+/// One turn of the event loop.
+fn turn(
+    machine: &mut Machine,
+    control: &mut Control,
+    events: &mut EventLoop,
+    log: &Logger,
+    device_failures: &mut RateLimit,
+) -> Result<Verdict> {
+    for ready in events.wait()? {
+        let verdict = match ready.owner {
+            CONTROL => control.process(machine)?,
+            VCPUS => machine.exit_reason().map_or(Verdict::Continue, Verdict::End),
+            owner => {
+                let device = usize::from(owner - FIRST_DEVICE);
+                if let Some((name, error)) = machine.process(device, ready.event)
+                    && let Some(suppressed) = device_failures.admit(Instant::now())
+                {
+                    warn!(log, "device needs a reset";
+                        "device" => name, "error" => %error, "suppressed" => suppressed);
+                }
+                Verdict::Continue
+            }
+        };
+        if verdict != Verdict::Continue {
+            return Ok(verdict);
+        }
+    }
+    control.flush()?;
+    Ok(Verdict::Continue)
+}

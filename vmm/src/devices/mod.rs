@@ -1,3 +1,4 @@
 //! The machine's devices.
 
+pub mod serial;
 pub mod virtio;

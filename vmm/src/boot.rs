@@ -1,0 +1,235 @@
+//! The kernel and its command line, into guest memory.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+
+use linux_loader::cmdline::Cmdline;
+use linux_loader::loader::{self, Elf, KernelLoader as _};
+use vm_memory::{Address as _, GuestAddress, GuestMemory as _, GuestMemoryMmap};
+
+use crate::arch::layout;
+use crate::error::{Error, Result};
+
+/// What every guest is told.
+///
+/// * The kernel prints errors and panics to the serial port, nothing else: each byte is an exit to this process.
+/// * A panic resets the machine at once, by the keyboard controller's reset line, so that a deliberate reset can be
+///   told from a triple fault.
+/// * The image is the first block device, and the agent is process 1.
+/// * The processor's random numbers are taken as entropy; the TSC, which KVM's clock stands on, is not watched.
+const COMMON: &str = "console=ttyS0 quiet reboot=k panic=-1 root=/dev/vda rootfstype=erofs ro \
+                      init=/sbin/mayu-agent random.trust_cpu=on tsc=reliable 8250.nr_uarts=1";
+
+/// The kernel's command line: what all guests have in common, `devices` virtio-mmio devices, and the caller's words.
+///
+/// # Errors
+/// It gets longer than the kernel takes, or a word has characters other than printable ASCII.
+pub fn command_line(devices: usize, extra: &str) -> Result<Cmdline> {
+    let mut line = Cmdline::new(layout::COMMAND_LINE_SIZE).map_err(command_line_error)?;
+    line.insert_str(COMMON).map_err(command_line_error)?;
+    for index in 0..devices {
+        line.add_virtio_mmio_device(
+            layout::VIRTIO_MMIO_SIZE,
+            GuestAddress(layout::virtio_address(index)),
+            layout::virtio_gsi(index),
+            None,
+        )
+        .map_err(command_line_error)?;
+    }
+    if !extra.trim().is_empty() {
+        line.insert_str(extra).map_err(command_line_error)?;
+    }
+    Ok(line)
+}
+
+fn command_line_error(source: linux_loader::cmdline::Error) -> Error {
+    Error::CommandLine {
+        source,
+        limit: layout::COMMAND_LINE_SIZE - 1,
+    }
+}
+
+/// Copies the command line to its place and returns its length in bytes, with the final zero.
+///
+/// # Errors
+/// Guest memory is smaller than the least that is allowed.
+pub fn load_command_line(memory: &GuestMemoryMmap, line: &Cmdline) -> Result<usize> {
+    loader::load_cmdline(memory, layout::COMMAND_LINE, line).map_err(|source| Error::Kernel {
+        problem: source.to_string(),
+    })?;
+    Ok(line.as_cstring().map_err(command_line_error)?.as_bytes_with_nul().len())
+}
+
+/// Copies the segments of an uncompressed 64-bit ELF kernel to where they are linked, and returns its entry.
+///
+/// # Errors
+/// The file cannot be read, is of another kind, is cut short, or does not fit into guest memory.
+pub fn load_kernel(memory: &GuestMemoryMmap, mut kernel: File) -> Result<GuestAddress> {
+    let problem = |problem: String| Error::Kernel { problem };
+    check_header(&kernel)?;
+    let loaded = Elf::load(memory, None, &mut kernel, Some(layout::HIGH_RAM))
+        .map_err(|source| problem(source.to_string()))?;
+    let end = GuestAddress(loaded.kernel_end);
+    let low_ram_end = layout::ram_ranges(memory.last_addr().raw_value() + 1)[0].1;
+    if loaded.kernel_end > low_ram_end {
+        return Err(problem(format!(
+            "it needs memory up to {:#x}, the guest has it up to {low_ram_end:#x}",
+            end.raw_value()
+        )));
+    }
+    let entry = loaded.kernel_load;
+    if entry < layout::HIGH_RAM || entry >= end {
+        return Err(problem(format!(
+            "its entry {:#x} lies outside of what it loads",
+            entry.raw_value()
+        )));
+    }
+    Ok(entry)
+}
+
+/// Tells the usual mix-ups apart before the loader says "invalid".
+fn check_header(kernel: &File) -> Result<()> {
+    /// `e_ident` up to the data encoding: ELF, 64 bits, little-endian. `e_machine`: x86-64.
+    const IDENT: [u8; 6] = [0x7f, b'E', b'L', b'F', 2, 1];
+    const EM_X86_64: u16 = 62;
+    /// "HdrS" at this offset makes a bzImage (Documentation/arch/x86/boot.rst).
+    const BZIMAGE_MAGIC: std::ops::Range<usize> = 0x202..0x206;
+
+    let mut header = [0; 0x206];
+    let length = read_start(kernel, &mut header).map_err(Error::ReadKernel)?;
+    let problem = if length < 64 {
+        "the file is shorter than an ELF header"
+    } else if header[..4] != IDENT[..4] && &header[BZIMAGE_MAGIC] == b"HdrS" {
+        "it is a compressed bzImage; an uncompressed vmlinux is needed"
+    } else if header[..4] != IDENT[..4] {
+        "it is no ELF file; an uncompressed vmlinux is needed"
+    } else if header[..6] != IDENT || u16::from_le_bytes([header[18], header[19]]) != EM_X86_64 {
+        "it is an ELF file, but not for 64-bit x86"
+    } else {
+        return Ok(());
+    };
+    Err(Error::Kernel {
+        problem: problem.into(),
+    })
+}
+
+fn read_start(file: &File, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut length = 0;
+    while length < buffer.len() {
+        match file.read_at(&mut buffer[length..], length as u64)? {
+            0 => break,
+            count => length += count,
+        }
+    }
+    Ok(length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Seek as _, Write as _};
+    use vm_memory::Bytes as _;
+
+    const LOAD_ADDRESS: u64 = 0x100_0000;
+
+    fn memory() -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 32 << 20)]).unwrap()
+    }
+
+    /// An ELF file with one segment that holds `code` and is followed by `bss` zero bytes.
+    fn elf(code: &[u8], bss: u64) -> Vec<u8> {
+        let mut file = vec![0x7f, b'E', b'L', b'F', 2, 1, 1];
+        file.resize(16, 0);
+        file.extend(2u16.to_le_bytes());
+        file.extend(62u16.to_le_bytes());
+        file.extend(1u32.to_le_bytes());
+        for word in [LOAD_ADDRESS, 64, 0] {
+            file.extend(word.to_le_bytes());
+        }
+        file.extend(0u32.to_le_bytes());
+        for half in [64u16, 56, 1, 0, 0, 0] {
+            file.extend(half.to_le_bytes());
+        }
+        file.extend(1u32.to_le_bytes());
+        file.extend(5u32.to_le_bytes());
+        let size = code.len() as u64;
+        for word in [120, LOAD_ADDRESS, LOAD_ADDRESS, size, size + bss, 4096] {
+            file.extend(word.to_le_bytes());
+        }
+        file.extend(code);
+        file
+    }
+
+    fn file(content: &[u8]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(content).unwrap();
+        file.rewind().unwrap();
+        file
+    }
+
+    fn refusal(content: &[u8]) -> String {
+        load_kernel(&memory(), file(content)).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_kernel_is_copied_to_where_it_is_linked() {
+        let memory = memory();
+        let entry = load_kernel(&memory, file(&elf(b"code", 0))).unwrap();
+        assert_eq!(entry, GuestAddress(LOAD_ADDRESS));
+        assert_eq!(&memory.read_obj::<[u8; 4]>(entry).unwrap(), b"code");
+    }
+
+    #[test]
+    fn a_kernel_that_is_none_is_refused_with_what_is_wrong() {
+        let mut bzimage = vec![0; 1024];
+        bzimage[0x202..0x206].copy_from_slice(b"HdrS");
+        let mut arm = elf(b"code", 0);
+        arm[18..20].copy_from_slice(&183u16.to_le_bytes());
+        let whole = elf(&[0x90; 512], 0);
+
+        assert!(refusal(b"").contains("shorter than an ELF header"));
+        assert!(refusal(&[0; 1024]).contains("no ELF file"));
+        assert!(refusal(&bzimage).contains("bzImage"));
+        assert!(refusal(&arm).contains("not for 64-bit x86"));
+        assert!(refusal(&whole[..whole.len() - 1]).contains("read kernel image"));
+        assert!(refusal(&whole[..100]).contains("program header"));
+    }
+
+    #[test]
+    fn a_kernel_that_does_not_fit_is_refused() {
+        assert!(refusal(&elf(b"code", 64 << 20)).contains("needs memory up to"));
+    }
+
+    #[test]
+    fn an_entry_outside_of_the_kernel_is_refused() {
+        let mut low = elf(b"code", 0);
+        low[24..32].copy_from_slice(&0x1000u64.to_le_bytes());
+        let mut high = elf(b"code", 0);
+        high[24..32].copy_from_slice(&(LOAD_ADDRESS + 4).to_le_bytes());
+        assert!(refusal(&low).contains("entry"));
+        assert!(refusal(&high).contains("entry"));
+    }
+
+    #[test]
+    fn every_device_is_announced_and_the_caller_s_words_come_last() {
+        let line = command_line(2, " quiet=no  debug ").unwrap().as_cstring().unwrap();
+        let line = line.to_str().unwrap();
+        assert!(line.starts_with(COMMON));
+        assert!(
+            line.ends_with(
+                "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 quiet=no  debug"
+            ),
+            "{line}"
+        );
+    }
+
+    #[test]
+    fn a_command_line_that_is_too_long_or_not_ascii_is_refused() {
+        let devices = layout::MAX_VIRTIO_DEVICES;
+        let long = command_line(devices, &"x".repeat(layout::COMMAND_LINE_SIZE)).unwrap_err();
+        assert!(long.to_string().contains("2047"), "{long}");
+        assert!(command_line(devices, "a\nb").is_err());
+        assert!(command_line(devices, "").is_ok());
+    }
+}

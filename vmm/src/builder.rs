@@ -1,0 +1,184 @@
+//! How a machine comes into being, in one go.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Instant;
+
+use mayu_vmm_api::{BLOCK_SLOTS, MAX_VCPUS, VmConfig};
+use vm_memory::{GuestAddressSpace as _, GuestMemoryAtomic};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::cpuid::CpuidTemplate;
+use crate::arch::{self, layout};
+use crate::bus::{Bus, SharedTransport};
+use crate::devices::serial::serial;
+use crate::devices::virtio::block::{Block, BlockSlot};
+use crate::devices::virtio::fs::Fs;
+use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::transport::MmioTransport;
+use crate::devices::virtio::vsock::{OnAccept, Vsock, VsockHandle};
+use crate::devices::virtio::{GuestMemory, Interrupt, VirtioDevice};
+use crate::error::{Error, Result};
+use crate::event_loop::EventLoop;
+use crate::kvm::Vm;
+use crate::machine::Machine;
+use crate::vcpu::{Shared, Vcpus, exit_channel};
+use crate::{boot, memory};
+
+/// The guest finds the pod's share under this name.
+pub const SHARE_TAG: &str = "mayu";
+
+/// The number that the first device has in the event loop. The others follow in the order of their addresses.
+pub const FIRST_DEVICE: u16 = 2;
+
+/// What a machine is made from, besides its description.
+pub struct Parts {
+    /// `/dev/kvm`.
+    pub kvm: OwnedFd,
+    /// The kernel, an uncompressed ELF file.
+    pub kernel: File,
+    /// The guest's root filesystem.
+    pub image: File,
+    /// The write end of the console's pipe.
+    pub console: OwnedFd,
+    /// The share, whose threads have been started already: they need capabilities that this process gives up.
+    pub fs: Fs,
+    /// Called when the guest connects to a host port.
+    pub on_accept: OnAccept,
+    /// When the process was started.
+    pub started: Instant,
+}
+
+/// Refuses a description that no machine can be built from.
+///
+/// # Errors
+/// It has too many vCPUs, or none.
+pub fn check(config: &VmConfig) -> Result<()> {
+    match config.vcpus {
+        1..=MAX_VCPUS => Ok(()),
+        vcpus => Err(Error::VcpuCount { vcpus }),
+    }
+}
+
+/// Builds a machine whose vCPUs are ready to enter the kernel, but do not run.
+///
+/// # Errors
+/// The host lacks something, the kernel is not one, the memory is too small or too large, ...
+pub fn build(config: &VmConfig, parts: Parts, events: &EventLoop) -> Result<Machine> {
+    check(config)?;
+    let memory = memory::allocate(config.memory_mib)?;
+    let entry = boot::load_kernel(&memory, parts.kernel)?;
+    let vm = Vm::new(parts.kvm)?;
+    vm.set_memory(&memory)?;
+    let memory = GuestMemoryAtomic::new(memory);
+
+    let mut devices = Devices::new(&vm, &memory, events);
+    let slots = devices.add_blocks(parts.image)?;
+    let vsock = devices.add_vsock(config, parts.on_accept)?;
+    devices.add("rng", Box::new(Rng::new()))?;
+    devices.add("fs", Box::new(parts.fs))?;
+    let Devices { names, transports, .. } = devices;
+
+    let command_line = boot::command_line(transports.len(), &config.kernel_args)?;
+    let command_line_size = boot::load_command_line(&memory.memory(), &command_line)?;
+    arch::boot::write_parameters(&memory.memory(), command_line_size, config.vcpus)?;
+
+    let line = eventfd()?;
+    vm.connect_interrupt(&line, layout::SERIAL_GSI)?;
+    let (exit_sender, exits) = exit_channel()?;
+    let shared = Shared {
+        bus: Arc::new(Bus::new(serial(line, parts.console)?, transports)),
+        exits: exit_sender,
+        entered: Arc::new(OnceLock::new()),
+    };
+    let template = CpuidTemplate::new(&vm.supported_cpuid()?, vm.has_tsc_deadline_timer(), config.vcpus);
+    let mut fds = Vec::new();
+    for id in 0..config.vcpus {
+        let fd = vm.create_vcpu(id)?;
+        arch::boot::configure_vcpu(&fd, id, &template, entry)?;
+        fds.push(fd);
+    }
+    Ok(Machine {
+        vcpus: Vcpus::start(fds, vm.run_size(), &shared)?,
+        vm,
+        bus: shared.bus,
+        names,
+        slots,
+        vsock,
+        exits,
+        entered: shared.entered,
+        started: parts.started,
+        running: false,
+        _memory: memory,
+    })
+}
+
+/// The virtio devices so far. Their order is the same in every machine.
+struct Devices<'a> {
+    vm: &'a Vm,
+    memory: &'a GuestMemory,
+    events: &'a EventLoop,
+    names: Vec<String>,
+    transports: Vec<SharedTransport>,
+}
+
+impl<'a> Devices<'a> {
+    fn new(vm: &'a Vm, memory: &'a GuestMemory, events: &'a EventLoop) -> Self {
+        Self {
+            vm,
+            memory,
+            events,
+            names: Vec::new(),
+            transports: Vec::new(),
+        }
+    }
+
+    /// The image comes first, since the kernel is told that the first block device is its root.
+    fn add_blocks(&mut self, image: File) -> Result<Vec<BlockSlot>> {
+        let (image, _) = Block::new(Some((image, true)))?;
+        self.add("image", Box::new(image.with_id("image")))?;
+        let mut slots = Vec::new();
+        for number in 0..BLOCK_SLOTS {
+            let name = format!("slot{number}");
+            let (block, slot) = Block::new(None)?;
+            self.add(&name, Box::new(block.with_id(&name)))?;
+            slots.push(slot);
+        }
+        Ok(slots)
+    }
+
+    fn add_vsock(&mut self, config: &VmConfig, on_accept: OnAccept) -> Result<VsockHandle> {
+        let (vsock, handle) = Vsock::new(config.guest_cid, config.host_ports.clone(), on_accept)?;
+        self.add("vsock", Box::new(vsock))?;
+        Ok(handle)
+    }
+
+    /// Gives a device its address, interrupt line, and doorbells.
+    fn add(&mut self, name: &str, device: Box<dyn VirtioDevice>) -> Result<()> {
+        let index = self.transports.len();
+        let line = eventfd()?;
+        self.vm.connect_interrupt(&line, layout::virtio_gsi(index))?;
+        let mut queue_events = Vec::new();
+        for queue in (0..).take(device.queue_sizes().len()) {
+            let event = eventfd()?;
+            self.vm.connect_queue(&event, index, queue)?;
+            queue_events.push(event);
+        }
+        let registrar = self.events.registrar(FIRST_DEVICE + index as u16);
+        let transport = MmioTransport::new(
+            device,
+            self.memory.clone(),
+            Interrupt::new(line),
+            queue_events,
+            registrar,
+        );
+        self.names.push(name.into());
+        self.transports.push(Arc::new(Mutex::new(transport)));
+        Ok(())
+    }
+}
+
+fn eventfd() -> Result<EventFd> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::EventFd)
+}

@@ -1,0 +1,257 @@
+//! Where the process goes before it has anything to do with the guest.
+//!
+//! It ends up in namespaces of its own, in a root directory that holds the pod's share and nothing else, as an
+//! unprivileged user. Its user namespace maps every id to itself, which makes capabilities mean what they say on
+//! the files of the share and nothing anywhere else: `docs/adr/0002-user-namespace-for-file-ownership.md`.
+//!
+//! ```text
+//! spawned process                          the machine's process
+//! fork into a new PID namespace ─────────▶ mounts, IPC, host name and network of its own
+//! Event::Started                           root: /share and /proc
+//! write its id maps ◀───────────────────── user namespace
+//! exit                                     unprivileged uid, file capabilities for the fs device's threads
+//!                                          drop_capabilities(): none for the rest
+//! ```
+
+#![allow(unsafe_code)]
+
+use std::fs;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
+use nix::unistd::{ForkResult, Pid, fork};
+use rustix::io::Errno;
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_change,
+    mount_remount, move_mount, open_tree, unmount,
+};
+use rustix::process::{
+    DumpableBehavior, PidfdFlags, Resource, Rlimit, Signal, chdir, getpid, getrlimit, pidfd_open, pivot_root,
+    set_dumpable_behavior, set_parent_process_death_signal, setrlimit,
+};
+use rustix::thread::{
+    CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Gid, Uid, remove_capability_from_bounding_set,
+    set_capabilities, set_capabilities_secure_bits, set_no_new_privs, set_thread_groups, set_thread_res_gid,
+    set_thread_res_uid,
+};
+
+use crate::error::{Error, Result};
+
+/// Where the pod's share is mounted inside the jail.
+pub const SHARE: &str = "/share";
+
+/// What the fs device needs to act for the guest's users on the files of the share.
+const FILE_CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::DAC_READ_SEARCH)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::MKNOD)
+    .union(CapabilitySet::SETFCAP)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID);
+
+/// Every user and group is itself.
+const IDENTITY_MAP: &str = "0 0 4294967295";
+
+/// Where the new root is put together: a directory that every host has, and that this process has no further use for.
+const STAGING: &str = "/proc";
+
+/// Which of the two processes this is after [`enter`].
+pub enum Side {
+    /// The one that was spawned. It has done its part and is to exit at once.
+    Outside,
+    /// The one in the jail.
+    Inside,
+}
+
+/// Forks the process into the jail. `announce` tells the shim the pid of the one inside; it is called outside.
+/// Must be called while the process has one thread. The capabilities that remain inside are for the fs device's
+/// threads: [`drop_capabilities`] is to be called once they run.
+///
+/// # Errors
+/// A step failed; what was made of the jail ends with the process.
+pub fn enter(share: OwnedFd, uid: u32, announce: impl FnOnce(Pid) -> Result<()>) -> Result<Side> {
+    let (outside, inside) = UnixStream::pair().map_err(failed("make a socket pair"))?;
+    let parent = pidfd_open(getpid(), PidfdFlags::empty()).map_err(failed("open its pidfd"))?;
+    unshare(CloneFlags::CLONE_NEWPID).map_err(failed("make a PID namespace"))?;
+    // SAFETY: the process has a single thread, so the child may do whatever the parent may.
+    match unsafe { fork() }.map_err(failed("fork"))? {
+        ForkResult::Parent { child } => {
+            drop(inside);
+            announce(child)?;
+            serve_id_maps(outside, child)?;
+            Ok(Side::Outside)
+        }
+        ForkResult::Child => {
+            drop(outside);
+            build_root(share)?;
+            request_id_maps(inside)?;
+            become_unprivileged(uid)?;
+            die_with_the_shim(&parent)?;
+            Ok(Side::Inside)
+        }
+    }
+}
+
+/// Takes every capability from the calling thread and from those that it starts.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn drop_capabilities() -> Result<()> {
+    hold_capabilities(CapabilitySet::empty())
+}
+
+/// Gives the process a root directory with the share and its own `/proc`, in new namespaces.
+fn build_root(share: OwnedFd) -> Result<()> {
+    // A copy of the share's mounts, taken while they can be seen. It still hears of what is mounted there later.
+    let clone = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_RECURSIVE
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    let share_tree = open_tree(&share, "", clone).map_err(failed("copy the mounts of the share"))?;
+    // A directory of the old root would be a way back to it.
+    drop(share);
+    unshare(
+        CloneFlags::CLONE_NEWNS
+            | CloneFlags::CLONE_NEWIPC
+            | CloneFlags::CLONE_NEWUTS
+            | CloneFlags::CLONE_NEWNET,
+    )
+    .map_err(failed("make namespaces"))?;
+    make_slave("/")?;
+    let bare = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("tmpfs", STAGING, "tmpfs", bare, c"size=16k,nr_inodes=8,mode=755")
+        .map_err(failed("mount a tmpfs"))?;
+    chdir(STAGING).map_err(failed("enter the new root"))?;
+    for directory in ["share", "proc"] {
+        fs::create_dir(directory).map_err(failed("make a directory"))?;
+    }
+    let to_path = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    move_mount(&share_tree, "", rustix::fs::CWD, "share", to_path).map_err(failed("mount the share"))?;
+    make_slave("share")?;
+    mount("proc", "proc", "proc", bare | MountFlags::RDONLY, c"subset=pid")
+        .map_err(failed("mount proc with subset=pid (Linux 5.8)"))?;
+    // Puts the old root on top of the new one, from where it is taken away: pivot_root(2), NOTES.
+    pivot_root(".", ".").map_err(failed("change the root"))?;
+    unmount(".", UnmountFlags::DETACH).map_err(failed("leave the old root"))?;
+    chdir("/").map_err(failed("enter the new root"))?;
+    mount_remount("/", MountFlags::BIND | MountFlags::RDONLY | bare, "")
+        .map_err(failed("make the root read-only"))
+}
+
+/// What is mounted outside appears inside, not the other way round.
+fn make_slave(mount_point: &str) -> Result<()> {
+    let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    mount_change(mount_point, slave).map_err(failed("make mounts its own"))
+}
+
+/// Makes the user namespace and waits until the process outside has written its maps.
+fn request_id_maps(mut outside: UnixStream) -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWUSER)
+        .map_err(failed("make a user namespace (see the sysctl user.max_user_namespaces)"))?;
+    let mut reply = [0; 4];
+    outside
+        .write_all(&[0])
+        .and_then(|()| outside.read_exact(&mut reply))
+        .map_err(failed("ask for its id maps"))?;
+    match i32::from_le_bytes(reply) {
+        0 => Ok(()),
+        errno => Err(failed("write its id maps")(io::Error::from_raw_os_error(errno))),
+    }
+}
+
+/// The other end of [`request_id_maps`]: only a process outside may map ids other than its own.
+fn serve_id_maps(mut inside: UnixStream, child: Pid) -> Result<()> {
+    let mut request = [0];
+    if inside.read_exact(&mut request).is_err() {
+        // It has failed, and says so itself.
+        return Ok(());
+    }
+    let written = ["uid_map", "gid_map"]
+        .iter()
+        .try_for_each(|map| fs::write(format!("/proc/{child}/{map}"), IDENTITY_MAP));
+    let errno = written
+        .err()
+        .map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO));
+    inside
+        .write_all(&errno.to_le_bytes())
+        .map_err(failed("answer about the id maps"))
+}
+
+/// Changes to `uid`, and keeps of all capabilities those that act on files.
+fn become_unprivileged(uid: u32) -> Result<()> {
+    if uid == 0 || uid == u32::MAX {
+        return Err(failed("change its user")(Errno::INVAL));
+    }
+    limit_resources()?;
+    // Changing the user gives and takes no capabilities, and neither does executing a program.
+    set_capabilities_secure_bits(
+        CapabilitiesSecureBits::NO_ROOT
+            | CapabilitiesSecureBits::NO_ROOT_LOCKED
+            | CapabilitiesSecureBits::NO_SETUID_FIXUP
+            | CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED,
+    )
+    .map_err(failed("lock its secure bits"))?;
+    let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
+    set_thread_groups(&[]).map_err(failed("give up its groups"))?;
+    set_thread_res_gid(group, group, group).map_err(failed("change its group"))?;
+    set_thread_res_uid(user, user, user).map_err(failed("change its user"))?;
+    for capability in FILE_CAPABILITIES.complement().iter() {
+        match remove_capability_from_bounding_set(capability) {
+            // The kernel does not know this one.
+            Ok(()) | Err(Errno::INVAL) => {}
+            Err(error) => return Err(failed("bound its capabilities")(error)),
+        }
+    }
+    hold_capabilities(FILE_CAPABILITIES)?;
+    set_no_new_privs(true).map_err(failed("forbid new privileges"))?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(failed("forbid being traced"))
+}
+
+fn hold_capabilities(set: CapabilitySet) -> Result<()> {
+    let sets = CapabilitySets {
+        effective: set,
+        permitted: set,
+        inheritable: CapabilitySet::empty(),
+    };
+    set_capabilities(None, sets).map_err(failed("drop capabilities"))
+}
+
+/// The fs device keeps a descriptor for each file that the guest knows, and a core dump would hold the guest's memory.
+fn limit_resources() -> Result<()> {
+    let most = getrlimit(Resource::Nofile).maximum;
+    let descriptors = Rlimit {
+        current: most,
+        maximum: most,
+    };
+    let nothing = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    setrlimit(Resource::Nofile, descriptors)
+        .and_then(|()| setrlimit(Resource::Core, nothing))
+        .map_err(failed("set its resource limits"))
+}
+
+/// Has the kernel kill this process when the shim ends. The shim becomes its parent when `parent` ends, so that has
+/// to happen first. A shim that ends before this takes effect has closed the control socket, which ends the event loop.
+fn die_with_the_shim(parent: &OwnedFd) -> Result<()> {
+    let mut exited = [PollFd::new(parent.as_fd(), PollFlags::POLLIN)];
+    while let Err(errno) = poll(&mut exited, PollTimeout::NONE) {
+        if errno != nix::errno::Errno::EINTR {
+            return Err(failed("wait for the process outside")(errno));
+        }
+    }
+    set_parent_process_death_signal(Some(Signal::KILL)).map_err(failed("ask to die with the shim"))
+}
+
+fn failed<E: Into<io::Error>>(operation: &'static str) -> impl FnOnce(E) -> Error {
+    move |source| Error::Jail {
+        operation,
+        source: source.into(),
+    }
+}

@@ -1,0 +1,161 @@
+//! A built machine: what can be done with it while it lives.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use mayu_vmm_api::{ExitReason, Status};
+
+use crate::bus::{Bus, SharedTransport, lock};
+use crate::devices::virtio::block::BlockSlot;
+use crate::devices::virtio::vsock::{OnResult, VsockHandle};
+use crate::devices::virtio::{DeviceEvent, GuestMemory};
+use crate::error::{Error, Result};
+use crate::event_loop::Registrar;
+use crate::kvm::Vm;
+use crate::snapshot::MachineState;
+use crate::vcpu::{ExitReceiver, Vcpus};
+
+/// One virtual machine with its devices. Dropping it stops the vCPUs first.
+pub struct Machine {
+    pub(crate) vcpus: Vcpus,
+    pub(crate) vm: Vm,
+    pub(crate) bus: Arc<Bus>,
+    pub(crate) names: Vec<String>,
+    pub(crate) slots: Vec<BlockSlot>,
+    pub(crate) vsock: VsockHandle,
+    pub(crate) exits: ExitReceiver,
+    pub(crate) entered: Arc<OnceLock<Instant>>,
+    pub(crate) started: Instant,
+    pub(crate) running: bool,
+    /// KVM has the guest's pages as long as `vm` lives.
+    pub(crate) _memory: GuestMemory,
+}
+
+impl Machine {
+    /// Lets devices and vCPUs run.
+    ///
+    /// # Errors
+    /// They run already.
+    pub fn resume(&mut self) -> Result<()> {
+        if self.running {
+            return Err(Error::Running(true));
+        }
+        for device in self.bus.virtio() {
+            lock(device).resume();
+        }
+        self.vcpus.resume()?;
+        self.running = true;
+        Ok(())
+    }
+
+    /// Stops the vCPUs between two instructions, and then the devices between two requests.
+    ///
+    /// # Errors
+    /// They do not run, or a vCPU does not stop.
+    pub fn pause(&mut self) -> Result<()> {
+        if !self.running {
+            return Err(Error::Running(false));
+        }
+        self.vcpus.pause()?;
+        self.running = false;
+        for device in self.bus.virtio() {
+            lock(device).pause();
+        }
+        Ok(())
+    }
+
+    /// Reads everything that the machine is, but its memory.
+    ///
+    /// # Errors
+    /// It runs, or KVM refuses.
+    pub fn save(&mut self) -> Result<MachineState> {
+        if self.running {
+            return Err(Error::Running(true));
+        }
+        Ok(MachineState {
+            vcpus: self.vcpus.save(self.vm.msrs_to_save()?)?,
+            vm: self.vm.save()?,
+            devices: self.bus.virtio().iter().map(|device| lock(device).save()).collect(),
+        })
+    }
+
+    /// Connects a stream to a vsock port of the guest.
+    pub fn connect(&self, stream: OwnedFd, port: u32, on_result: OnResult) {
+        self.vsock.connect(stream, port, on_result);
+    }
+
+    /// Puts a file behind an empty block slot.
+    ///
+    /// # Errors
+    /// There is no such slot, it is not empty, or the file is of no use.
+    pub fn attach_block(&self, slot: u8, file: File, read_only: bool) -> Result<()> {
+        self.slot(slot)?.attach(file, read_only)
+    }
+
+    /// Takes the file of a block slot away.
+    ///
+    /// # Errors
+    /// There is no such slot, or it is empty.
+    pub fn detach_block(&self, slot: u8) -> Result<()> {
+        self.slot(slot)?.detach()
+    }
+
+    fn slot(&self, slot: u8) -> Result<&BlockSlot> {
+        self.slots.get(usize::from(slot)).ok_or(Error::NoSuchSlot {
+            slot,
+            slots: self.slots.len(),
+        })
+    }
+
+    /// The machine's counters.
+    pub fn status(&self) -> Status {
+        let errors = |device: &SharedTransport| lock(device).health().errors();
+        Status {
+            running: self.running,
+            guest_entry_us: self
+                .entered
+                .get()
+                .map(|entered| entered.duration_since(self.started).as_micros() as u64),
+            device_errors: self
+                .names
+                .iter()
+                .cloned()
+                .zip(self.bus.virtio().iter().map(errors))
+                .collect(),
+        }
+    }
+
+    /// Has the event loop wake up when a vCPU stops for good.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn watch_exits(&self, registrar: &Registrar) -> Result<()> {
+        registrar.watch(self.exits.event(), vmm_sys_util::epoll::EventSet::IN, 0)
+    }
+
+    /// Why a vCPU has stopped for good, if one has.
+    pub fn exit_reason(&self) -> Option<ExitReason> {
+        self.exits.reason()
+    }
+
+    /// Hands an event to a device. Returns the device's name and why it has just failed, if it has.
+    pub fn process(&self, device: usize, event: DeviceEvent) -> Option<(&str, Error)> {
+        let mut transport = lock(self.bus.virtio().get(device)?);
+        if let DeviceEvent::Queue(queue) = event {
+            // An eventfd that was read meanwhile says so, and the device finds an empty queue.
+            let _ = transport.queue_event(queue)?.read();
+        }
+        transport.process(event);
+        let failure = transport.health().take_failure()?;
+        Some((self.names.get(device)?, failure))
+    }
+
+    /// Writes what the guest left of an unfinished line on its console, and returns how many bytes were dropped.
+    pub fn finish_console(&self) -> u64 {
+        let mut serial = self.bus.serial();
+        serial.writer_mut().finish();
+        serial.writer().dropped()
+    }
+}
