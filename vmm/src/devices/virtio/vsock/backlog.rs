@@ -70,3 +70,72 @@ impl Backlog {
         *self = Self::default();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+
+    use super::*;
+    use crate::devices::virtio::chain::Chain;
+    use crate::devices::virtio::testing::{Descriptor, DriverQueue, guest_memory};
+    use virtio_queue::{Queue, QueueOwnedT, QueueT};
+
+    /// Appends `bytes` from guest memory.
+    fn append(backlog: &mut Backlog, bytes: &[u8]) {
+        let memory = guest_memory();
+        let mut driver = DriverQueue::new(&memory, 0, 8);
+        let memory = memory.memory();
+        memory.write_slice(bytes, GuestAddress(1 << 20)).unwrap();
+        driver.add(&[Descriptor::readable(1 << 20, bytes.len() as u32)]);
+        let mut queue = Queue::new(8).unwrap();
+        queue.set_desc_table_address(Some(driver.descriptor_table as u32), Some(0));
+        queue.set_avail_ring_address(Some(driver.avail_ring as u32), Some(0));
+        queue.set_used_ring_address(Some(driver.used_ring as u32), Some(0));
+        queue.set_ready(true);
+        let descriptors = queue.iter(&*memory).unwrap().next().unwrap();
+        let chain = Chain::walk(&memory, descriptors, 8).unwrap();
+        backlog.append(&chain.readable).unwrap();
+    }
+
+    #[test]
+    fn bytes_come_out_in_order_and_leave_no_memory_behind() {
+        let (mut host, device) = UnixStream::pair().unwrap();
+        device.set_nonblocking(true).unwrap();
+        let mut backlog = Backlog::default();
+        let mut expected = Vec::new();
+        let mut got = Vec::new();
+        for round in 0..20u8 {
+            let bytes = vec![round; 60_000];
+            append(&mut backlog, &bytes);
+            expected.extend_from_slice(&bytes);
+            backlog.write_to(&device).unwrap();
+            let mut buffer = vec![0; 55_000];
+            host.read_exact(&mut buffer).unwrap();
+            got.extend_from_slice(&buffer);
+            assert!(backlog.bytes.len() <= 2 * backlog.len() + 60_000, "written bytes pile up");
+        }
+        while !backlog.is_empty() {
+            backlog.write_to(&device).unwrap();
+            let mut buffer = vec![0; 1 << 20];
+            let count = host.read(&mut buffer).unwrap();
+            got.extend_from_slice(&buffer[..count]);
+        }
+        drop(device);
+        host.read_to_end(&mut got).unwrap();
+        assert!(got == expected);
+        assert_eq!(backlog.bytes.capacity(), 0);
+    }
+
+    #[test]
+    fn a_host_that_is_gone_is_an_error() {
+        let (host, device) = UnixStream::pair().unwrap();
+        let mut backlog = Backlog::default();
+        append(&mut backlog, b"nobody");
+        drop(host);
+        assert_eq!(backlog.write_to(&device).unwrap_err().kind(), ErrorKind::BrokenPipe);
+        backlog.discard();
+        assert!(backlog.is_empty());
+    }
+}

@@ -106,3 +106,164 @@ impl Peer {
         self.sent - self.fwd_cnt
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Both sides of a grant with counters that never wrap.
+    #[derive(Default)]
+    struct Model {
+        received: u64,
+        forwarded: u64,
+        advertised: Option<u64>,
+    }
+
+    impl Model {
+        fn known_space(&self, buf_alloc: u32) -> u64 {
+            self.advertised.map_or(0, |advertised| u64::from(buf_alloc) - (self.received - advertised))
+        }
+    }
+
+    fn granted_at(start: u32, buf_alloc: u32) -> Granted {
+        Granted { received: Wrapping(start), forwarded: Wrapping(start), ..Granted::new(buf_alloc) }
+    }
+
+    fn peer_at(start: u32) -> Peer {
+        Peer { fwd_cnt: Wrapping(start), sent: Wrapping(start), ..Peer::default() }
+    }
+
+    /// Starts of counters of which some wrap soon.
+    fn start() -> impl Strategy<Value = u32> {
+        prop_oneof![Just(0), any::<u32>(), (u32::MAX - 100_000)..=u32::MAX]
+    }
+
+    #[test]
+    fn nothing_is_granted_before_it_is_advertised() {
+        let mut granted = Granted::new(1000);
+        assert_eq!(granted.receive(1), Err(Overrun));
+        assert!(!granted.update_due());
+
+        assert_eq!(granted.advertise(), (1000, 0));
+        assert_eq!(granted.receive(1000), Ok(()));
+        assert_eq!(granted.receive(1), Err(Overrun));
+    }
+
+    #[test]
+    fn what_is_forwarded_counts_once_it_is_advertised() {
+        let mut granted = Granted::new(1000);
+        granted.advertise();
+        granted.receive(1000).unwrap();
+        granted.forward(300);
+        assert_eq!(granted.receive(1), Err(Overrun));
+        assert!(granted.update_due());
+
+        assert_eq!(granted.advertise(), (1000, 300));
+        assert!(!granted.update_due());
+        assert_eq!(granted.receive(300), Ok(()));
+        assert_eq!(granted.receive(1), Err(Overrun));
+    }
+
+    #[test]
+    fn a_peer_that_shrinks_its_buffer_grants_nothing() {
+        let mut peer = Peer::default();
+        peer.update(1000, 0);
+        peer.send(600);
+        peer.update(500, 0);
+        assert_eq!(peer.space(), 0);
+        peer.update(500, 200);
+        assert_eq!(peer.space(), 100);
+    }
+
+    #[test]
+    fn a_peer_that_is_overtaken_by_itself_loses_nothing() {
+        let mut peer = Peer::default();
+        peer.update(1000, 0);
+        peer.send(1000);
+        peer.update(1000, 800);
+        peer.update(1000, 500);
+        assert_eq!(peer.space(), 800);
+    }
+
+    proptest! {
+        /// A guest within its credit is never refused, one beyond it always, and an empty buffer is never kept from
+        /// a guest that waits for it.
+        #[test]
+        fn grants_as_unbounded_counters_would(
+            start in start(),
+            buf_alloc in prop_oneof![1u32..100_000, any::<u32>()],
+            steps in prop::collection::vec((0u8..4, any::<u32>()), 1..200),
+        ) {
+            let mut granted = granted_at(start, buf_alloc);
+            let mut model = Model::default();
+            for (step, amount) in steps {
+                // Mostly near what is possible.
+                let amount = if amount % 2 == 0 { amount } else { amount % buf_alloc.saturating_add(2).max(1) };
+                match step {
+                    0 => {
+                        let allowed = u64::from(amount) <= model.known_space(buf_alloc);
+                        prop_assert_eq!(granted.receive(amount).is_ok(), allowed);
+                        if allowed {
+                            model.received += u64::from(amount);
+                        }
+                    }
+                    1 => {
+                        let amount = u64::from(amount).min(model.received - model.forwarded);
+                        granted.forward(amount as u32);
+                        model.forwarded += amount;
+                    }
+                    2 => {
+                        granted.forward_all();
+                        model.forwarded = model.received;
+                    }
+                    _ => {
+                        let (_, fwd_cnt) = granted.advertise();
+                        prop_assert_eq!(fwd_cnt, (u64::from(start) + model.forwarded) as u32);
+                        model.advertised = Some(model.forwarded);
+                    }
+                }
+                let buffered = model.received - model.forwarded;
+                prop_assert!(buffered <= u64::from(buf_alloc));
+                if buffered == 0 && model.advertised.is_some() && !granted.update_due() {
+                    prop_assert!(model.known_space(buf_alloc) >= u64::from(buf_alloc) - u64::from(buf_alloc) / 4);
+                }
+            }
+        }
+
+        /// Never more is in flight than the guest has room for, whatever it claims; and what an honest guest frees
+        /// can be used.
+        #[test]
+        fn sends_as_unbounded_counters_would(
+            start in start(),
+            steps in prop::collection::vec((0u8..3, any::<u32>(), 0u32..100_000), 1..200),
+        ) {
+            let mut peer = peer_at(start);
+            let (mut sent, mut fwd_cnt) = (0u64, 0u64);
+            for (step, forged, amount) in steps {
+                match step {
+                    0 => {
+                        let len = peer.space().min(amount);
+                        peer.send(len);
+                        sent += u64::from(len);
+                    }
+                    1 => {
+                        fwd_cnt = (fwd_cnt + u64::from(amount)).min(sent);
+                        peer.update(amount, (u64::from(start) + fwd_cnt) as u32);
+                        let free = u64::from(amount).saturating_sub(sent - fwd_cnt);
+                        prop_assert_eq!(u64::from(peer.space()), free);
+                    }
+                    _ => {
+                        let before = peer.in_flight().0;
+                        peer.update(amount, forged);
+                        prop_assert!(peer.in_flight().0 <= before);
+                        prop_assert!(peer.space() <= amount);
+                        // The truth from here on.
+                        fwd_cnt = sent - u64::from(peer.in_flight().0);
+                    }
+                }
+            }
+        }
+    }
+}

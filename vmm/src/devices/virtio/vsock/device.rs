@@ -36,6 +36,9 @@ const BUDGET: usize = 32;
 /// The token of the eventfd that announces requests to connect. The muxer's tokens start at 1.
 const REQUESTS: u32 = 0;
 
+/// `struct virtio_vsock_event` with the id `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, 0 (virtio 1.2, 5.10.6.7).
+const TRANSPORT_RESET: [u8; 4] = [0; 4];
+
 /// The device's name in errors.
 const NAME: &str = "vsock";
 
@@ -139,9 +142,8 @@ impl VirtioDevice for Vsock {
             false => TransportReset::Heard,
         };
         let active = Active::new(activation, self.guest_cid, self.next_host_port, transport_reset)?;
-        active.watch(&self.requests.wake)?;
-        self.active = Some(active);
-        Ok(())
+        // Kept even if it cannot be watched: `reset` then ends what of it is.
+        self.active.insert(active).watch(&self.requests.wake)
     }
 
     fn process(&mut self, event: DeviceEvent) -> Result<()> {
@@ -328,47 +330,52 @@ impl Active {
             self.rx.add_used(&*memory, head, len).map_err(|e| queue_error(RX, e))?;
             used = true;
         }
-        self.muxer.update_interests();
+        if self.muxer.update_interests() {
+            self.come_back(RX)?;
+        }
         self.interrupt_if(used, RX)
     }
 
     /// Tells a restored guest once that its connections are gone, and notices when it has heard.
     fn announce_transport_reset(&mut self) -> Result<()> {
         let memory = self.memory.memory();
-        match self.transport_reset {
-            TransportReset::Heard => return Ok(()),
-            TransportReset::Sent(before) => {
-                let now = self.event.avail_idx(&*memory, Ordering::Acquire);
-                if now.map_err(|e| queue_error(EVENT, e))? != before {
+        for _ in 0..BUDGET {
+            let available = self.event.avail_idx(&*memory, Ordering::Acquire);
+            let available = available.map_err(|e| queue_error(EVENT, e))?;
+            match self.transport_reset {
+                TransportReset::Unsent => {}
+                TransportReset::Sent(before) if before != available => {
                     self.transport_reset = TransportReset::Heard;
+                    break;
                 }
-                return Ok(());
+                TransportReset::Sent(_) | TransportReset::Heard => break,
             }
-            TransportReset::Unsent => {}
-        }
-        let Some((head, chain)) = next_chain(&mut self.event, EVENT, &memory)? else {
-            return Ok(());
-        };
-        // `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` is 0, in a `struct virtio_vsock_event` of 4 bytes (virtio 1.2, 5.10.6.7).
-        let event = 0u32.to_le_bytes();
-        let len = match chain.filter(|chain| chain.writable.len() >= event.len()) {
-            Some(chain) => {
-                chain.writable.copy_from(&event);
-                event.len() as u32
-            }
-            None => {
+            let Some((head, chain)) = next_chain(&mut self.event, EVENT, &memory)? else {
+                break;
+            };
+            let mut len = 0;
+            if let Some(chain) = chain.filter(|chain| chain.writable.len() >= TRANSPORT_RESET.len()) {
+                chain.writable.copy_from(&TRANSPORT_RESET);
+                len = TRANSPORT_RESET.len() as u32;
+                self.transport_reset = TransportReset::Sent(available);
+                self.notify_from(available, &memory)?;
+            } else {
                 self.health.count_error();
-                0
             }
-        };
-        let before = self.event.avail_idx(&*memory, Ordering::Acquire);
-        let before = before.map_err(|e| queue_error(EVENT, e))?;
-        if len > 0 {
-            self.transport_reset = TransportReset::Sent(before);
+            self.event.add_used(&*memory, head, len).map_err(|e| queue_error(EVENT, e))?;
+            self.interrupt_if(true, EVENT)?;
         }
-        self.event.add_used(&*memory, head, len).map_err(|e| queue_error(EVENT, e))?;
-        self.event.enable_notification(&*memory).map_err(|e| queue_error(EVENT, e))?;
-        self.interrupt_if(true, EVENT)
+        Ok(())
+    }
+
+    /// Has the driver kick the event queue when it provides its next buffer. That is not the next one to be used,
+    /// which virtio-queue would ask for: the driver has provided others already.
+    fn notify_from(&mut self, available: Wrapping<u16>, memory: &GuestMemoryMmap) -> Result<()> {
+        let position = self.event.next_avail();
+        self.event.set_next_avail(available.0);
+        let enabled = self.event.enable_notification(memory);
+        self.event.set_next_avail(position);
+        enabled.map(|_| ()).map_err(|e| queue_error(EVENT, e))
     }
 
     /// Has the event loop call again for this queue, once others had their turn.

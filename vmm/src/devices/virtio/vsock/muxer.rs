@@ -188,8 +188,10 @@ impl Muxer {
         }
     }
 
-    /// Brings the event loop up to date. To be called when all is done for now.
-    pub fn update_interests(&mut self) {
+    /// Brings the event loop up to date. To be called when all is done for now. Returns whether that ended
+    /// connections, of which the guest is to be told.
+    pub fn update_interests(&mut self) -> bool {
+        let before = self.connections.len();
         while let Some(token) = self.touched.pop() {
             if let Some(entry) = self.connections.get_mut(&token)
                 && entry.update_interest(&self.registrar, token, self.paused).is_err()
@@ -199,6 +201,7 @@ impl Muxer {
                 self.remove(token);
             }
         }
+        self.connections.len() < before
     }
 
     /// Watches no stream until [`resume`](Self::resume).

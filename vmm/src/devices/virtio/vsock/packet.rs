@@ -260,3 +260,46 @@ fn retry(mut call: impl FnMut() -> Result<usize, VolatileMemoryError>) -> io::Re
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_header_lies_as_the_specification_says() {
+        let header = Header {
+            src_cid: 0x0102_0304_0506_0708,
+            dst_cid: 0x1112_1314_1516_1718,
+            src_port: 0x2122_2324,
+            dst_port: 0x3132_3334,
+            len: 0x4142_4344,
+            kind: 0x5152,
+            op: 0x6162,
+            flags: 0x7172_7374,
+            buf_alloc: 0x8182_8384,
+            fwd_cnt: 0x9192_9394,
+        };
+        let bytes = [
+            8, 7, 6, 5, 4, 3, 2, 1, 0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11, 0x24, 0x23, 0x22, 0x21,
+            0x34, 0x33, 0x32, 0x31, 0x44, 0x43, 0x42, 0x41, 0x52, 0x51, 0x62, 0x61, 0x74, 0x73, 0x72, 0x71,
+            0x84, 0x83, 0x82, 0x81, 0x94, 0x93, 0x92, 0x91,
+        ];
+        assert_eq!(header.to_bytes(), bytes);
+    }
+
+    #[test]
+    fn operations_have_their_numbers() {
+        let known: Vec<_> = (0..=u16::MAX).filter_map(Op::from_raw).map(|op| op as u16).collect();
+        assert_eq!(known, [1, 2, 3, 4, 5, 6, 7]);
+    }
+
+    proptest! {
+        #[test]
+        fn headers_are_read_as_they_are_written(bytes: [[u8; 4]; 11]) {
+            let bytes: [u8; HEADER_SIZE] = bytes.concat().try_into().unwrap();
+            prop_assert_eq!(Header::from_bytes(&bytes).to_bytes(), bytes);
+        }
+    }
+}

@@ -11,6 +11,8 @@ use crate::devices::virtio::testing::{Descriptor, Driver, RUNNING};
 
 mod connect;
 mod data;
+mod hostile;
+mod lifecycle;
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -65,9 +67,19 @@ impl Guest {
     }
 
     fn without_buffers() -> Self {
+        Self::with_features(0)
+    }
+
+    fn with_features(features: u64) -> Self {
+        let mut guest = Self::switched_off();
+        guest.driver.start(features);
+        guest
+    }
+
+    /// A guest whose driver has not started.
+    fn switched_off() -> Self {
         let (device, handle, accepted) = device();
         let mut driver = Driver::new(device);
-        driver.start(0);
         let transmit = driver.alloc(2 * 65536);
         Self { driver, handle, accepted, buffers: HashMap::new(), refill: true, transmit, next_port: 5000 }
     }
@@ -128,12 +140,15 @@ impl Guest {
     }
 
     fn read_packet(&self, chain: &[Descriptor], length: usize) -> Option<Packet> {
+        if length == 0 {
+            return None;
+        }
         let mut bytes = Vec::new();
         for descriptor in chain {
             bytes.extend(self.driver.read(descriptor.address, descriptor.length as usize));
         }
         bytes.truncate(length);
-        let header = Header::from_bytes(bytes.get(..HEADER_SIZE)?.try_into().unwrap());
+        let header = Header::from_bytes(bytes[..HEADER_SIZE].try_into().unwrap());
         assert_eq!(length, HEADER_SIZE + header.len as usize);
         Some(Packet { header, payload: bytes.split_off(HEADER_SIZE) })
     }
