@@ -1,1 +1,39 @@
-//! The shim: one process per pod.
+//! The shim of mayu: one process per pod, between containerd and the pod's microVM.
+//!
+//! containerd runs `containerd-shim-mayu-v2 start`, which forks the server and prints its address ([`start`]).
+//! The server ([`serve`]) answers containerd's Task service ([`task`]). The first Create boots the pod's VM
+//! ([`sandbox`]): the VMM is spawned with file descriptors only ([`vmm_process`]), and what the pod may see of
+//! the host's files is bound under one shared directory ([`storage`]). The guest's agent ([`agent`]) speaks the
+//! same Task service; requests reach it with their paths rewritten ([`spec`]). What happens inside comes back as
+//! the agent's events ([`exits`]) and goes out as containerd's ([`events`]). When everything else is dead,
+//! `containerd-shim-mayu-v2 delete` cleans up ([`delete`]).
+
+pub mod agent;
+pub mod cgroup;
+pub mod config;
+pub mod console;
+pub mod container;
+pub mod delete;
+pub mod error;
+pub mod events;
+pub mod exits;
+pub mod id;
+pub mod info;
+pub mod log;
+pub mod pidfd;
+pub mod pod;
+pub mod process;
+pub mod sandbox;
+pub mod serve;
+pub mod spec;
+pub mod start;
+pub mod state_dir;
+pub mod stdio;
+pub mod storage;
+pub mod task;
+pub mod vmm_process;
+
+pub use error::{Error, Result};
+
+/// containerd's name of this runtime.
+pub const RUNTIME: &str = "io.containerd.mayu.v2";

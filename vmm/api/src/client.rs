@@ -24,6 +24,12 @@ pub struct VmmClient {
     deadline: Duration,
 }
 
+impl std::fmt::Debug for VmmClient {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VmmClient").field("deadline", &self.deadline).finish_non_exhaustive()
+    }
+}
+
 /// What the VMM tells without being asked, in order, with the descriptors that came along.
 /// It ends when the VMM does.
 pub type EventStream = mpsc::Receiver<(Event, Vec<OwnedFd>)>;

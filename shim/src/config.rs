@@ -1,0 +1,224 @@
+//! `/etc/mayu/config.toml`.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use std::{env, fs, io};
+
+use mayu_vmm_api::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
+use serde::Deserialize;
+
+use crate::{Error, Result};
+
+/// The configuration file, unless [`PATH_VARIABLE`] names another.
+pub const DEFAULT_PATH: &str = "/etc/mayu/config.toml";
+
+/// The environment variable that names another configuration file.
+pub const PATH_VARIABLE: &str = "MAYU_CONFIG";
+
+/// What the operator can decide. `config/config.toml` in the repository describes every key.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The machine that every pod gets.
+    pub vm: Vm,
+    /// How long things may take.
+    pub timeouts: Timeouts,
+}
+
+/// The machine that every pod gets.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Vm {
+    /// The `mayu-vmm` program.
+    pub vmm: PathBuf,
+    /// The guest kernel, an uncompressed ELF file.
+    pub kernel: PathBuf,
+    /// The guest image, which holds the agent.
+    pub image: PathBuf,
+    /// Words added to the end of the kernel command line.
+    pub kernel_args: String,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// The uid and gid that the VMM runs as.
+    pub uid: u32,
+}
+
+impl Default for Vm {
+    fn default() -> Self {
+        Self {
+            vmm: "/usr/libexec/mayu/mayu-vmm".into(),
+            kernel: "/usr/share/mayu/vmlinux".into(),
+            image: "/usr/share/mayu/guest.erofs".into(),
+            kernel_args: String::new(),
+            vcpus: 1,
+            memory_mib: 256,
+            uid: 64646,
+        }
+    }
+}
+
+/// How long things may take, in seconds.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Timeouts {
+    /// From the start of the VMM until the agent has reported in.
+    pub boot: u64,
+    /// One request to the VMM or the agent.
+    pub request: u64,
+    /// How long an exit waits for the process's output to be read.
+    pub stdio_drain: u64,
+    /// How long the guest has for writing everything back.
+    pub shutdown: u64,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self { boot: 20, request: 30, stdio_drain: 2, shutdown: 2 }
+    }
+}
+
+impl Timeouts {
+    /// [`Timeouts::boot`].
+    pub fn boot(&self) -> Duration {
+        Duration::from_secs(self.boot)
+    }
+
+    /// [`Timeouts::request`].
+    pub fn request(&self) -> Duration {
+        Duration::from_secs(self.request)
+    }
+
+    /// [`Timeouts::stdio_drain`].
+    pub fn stdio_drain(&self) -> Duration {
+        Duration::from_secs(self.stdio_drain)
+    }
+
+    /// [`Timeouts::shutdown`].
+    pub fn shutdown(&self) -> Duration {
+        Duration::from_secs(self.shutdown)
+    }
+}
+
+impl Config {
+    /// The path that [`Config::load`] reads.
+    pub fn path() -> PathBuf {
+        env::var_os(PATH_VARIABLE).map_or_else(|| DEFAULT_PATH.into(), PathBuf::from)
+    }
+
+    /// Reads the configuration file. A missing file means the defaults, unless [`PATH_VARIABLE`] names it.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the key and, where there is one, the line.
+    pub fn load() -> Result<Self> {
+        let path = Self::path();
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound && path == Path::new(DEFAULT_PATH) => {
+                String::new()
+            }
+            Err(error) => return Err(Error::Config { path, line: None, reason: error.to_string() }),
+        };
+        Self::parse(&text, &path)
+    }
+
+    /// Parses the text of the file at `path`, which only messages name.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn parse(text: &str, path: &Path) -> Result<Self> {
+        let config: Self = toml::from_str(text).map_err(|error| Error::Config {
+            path: path.into(),
+            line: error.span().map(|span| line_of(text, span.start)),
+            reason: error.message().into(),
+        })?;
+        config.check().map_err(|(key, reason)| Error::Config {
+            path: path.into(),
+            line: line_of_key(text, key),
+            reason: format!("{key}: {reason}"),
+        })?;
+        Ok(config)
+    }
+
+    /// Checks what can be checked without looking at the host; gives the offending key and the reason.
+    fn check(&self) -> std::result::Result<(), (&'static str, String)> {
+        let Vm { vcpus, memory_mib, uid, .. } = self.vm;
+        if !(1..=MAX_VCPUS).contains(&vcpus) {
+            return Err(("vcpus", format!("{vcpus} is not between 1 and {MAX_VCPUS}")));
+        }
+        if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&memory_mib) {
+            let reason = format!("{memory_mib} is not between {MIN_MEMORY_MIB} and {MAX_MEMORY_MIB}");
+            return Err(("memory_mib", reason));
+        }
+        if uid == 0 {
+            return Err(("uid", "the VMM must not run as root".into()));
+        }
+        for (key, path) in [("vmm", &self.vm.vmm), ("kernel", &self.vm.kernel), ("image", &self.vm.image)] {
+            if !path.is_absolute() {
+                return Err((key, format!("{} is not an absolute path", path.display())));
+            }
+        }
+        let Timeouts { boot, request, shutdown, .. } = self.timeouts;
+        for (key, seconds) in [("boot", boot), ("request", request), ("shutdown", shutdown)] {
+            if seconds == 0 {
+                return Err((key, "0 s is no time".into()));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn line_of(text: &str, offset: usize) -> usize {
+    text.bytes().take(offset).filter(|byte| *byte == b'\n').count() + 1
+}
+
+/// Keys are unique across the sections, so the name is enough.
+fn line_of_key(text: &str, key: &str) -> Option<usize> {
+    let is_key = |line: &str| {
+        line.trim_start().strip_prefix(key).is_some_and(|rest| rest.trim_start().starts_with('='))
+    };
+    text.lines().position(is_key).map(|index| index + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config> {
+        Config::parse(text, Path::new("/etc/mayu/config.toml"))
+    }
+
+    #[test]
+    fn an_empty_file_means_the_defaults() {
+        assert_eq!(parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn the_commented_example_is_exactly_the_defaults() {
+        let example = include_str!("../../config/config.toml");
+        assert_eq!(parse(example).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn every_mistake_names_its_key_and_line() {
+        let table = [
+            ("[vm]\nvcpus = 2\nmemroy_mib = 64\n", ":3: ", "memroy_mib"),
+            ("[vm]\nvcpus = \"two\"\n", ":2: ", "string"),
+            ("[vms]\n", ":1: ", "vms"),
+            ("[vm]\n\nmemory_mib = 63\n", ":3: ", "memory_mib: 63"),
+            ("[vm]\nmemory_mib = 65537\n", ":2: ", "memory_mib: 65537"),
+            ("[vm]\nvcpus = 33\n", ":2: ", "vcpus: 33"),
+            ("[vm]\nuid = 0\n", ":2: ", "uid"),
+            ("[vm]\nkernel = \"vmlinux\"\n", ":2: ", "kernel: vmlinux"),
+            ("[timeouts]\nboot = 0\n", ":2: ", "boot"),
+            ("[timeouts]\nboot = -1\n", ":2: ", "-1"),
+            ("[vm\n", ":1: ", ""),
+        ];
+        for (text, line, key) in table {
+            let message = parse(text).unwrap_err().to_string();
+            assert!(message.starts_with(&format!("/etc/mayu/config.toml{line}")), "{text}: {message}");
+            assert!(message.contains(key), "{text}: {message}");
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! One container and its processes.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::process::Process;
+use crate::stdio::Endpoints;
+use crate::{Error, Result, id};
+
+/// The most execs of one container at a time.
+const MAX_EXECS: usize = 4096;
+
+/// A container of the pod.
+#[derive(Debug)]
+pub struct Container {
+    /// containerd's identifier.
+    pub id: String,
+    /// containerd's directory for it.
+    pub bundle: PathBuf,
+    /// Its first process.
+    pub init: Arc<Process>,
+    execs: Mutex<HashMap<String, Arc<Process>>>,
+}
+
+impl Container {
+    /// A container that is about to be made.
+    pub fn new(id: &str, bundle: &Path, endpoints: Endpoints) -> Self {
+        Self {
+            id: id.into(),
+            bundle: bundle.into(),
+            init: Arc::new(Process::new(id, "", endpoints)),
+            execs: Mutex::default(),
+        }
+    }
+
+    /// The process with this exec id; the init process for an empty one.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
+    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>> {
+        if exec_id.is_empty() {
+            return Ok(self.init.clone());
+        }
+        let not_found = || Error::NotFound { kind: "exec", id: exec_id.chars().take(id::MAX_LEN).collect() };
+        self.lock().get(exec_id).cloned().ok_or_else(not_found)
+    }
+
+    /// Adds an exec that is about to be made.
+    ///
+    /// # Errors
+    /// [`Error::InvalidId`], [`Error::AlreadyExists`], or [`Error::InvalidArgument`] when there are too many.
+    pub fn add_exec(&self, exec_id: &str, endpoints: Endpoints) -> Result<Arc<Process>> {
+        id::validate("exec", exec_id)?;
+        let mut execs = self.lock();
+        if execs.contains_key(exec_id) {
+            return Err(Error::AlreadyExists { kind: "exec", id: exec_id.into() });
+        }
+        if execs.len() == MAX_EXECS {
+            return Err(Error::InvalidArgument(format!(
+                "container {} has {MAX_EXECS} execs already",
+                self.id
+            )));
+        }
+        let process = Arc::new(Process::new(&self.id, exec_id, endpoints));
+        execs.insert(exec_id.into(), process.clone());
+        Ok(process)
+    }
+
+    /// Removes an exec.
+    pub fn remove_exec(&self, exec_id: &str) {
+        self.lock().remove(exec_id);
+    }
+
+    /// All execs.
+    pub fn execs(&self) -> Vec<Arc<Process>> {
+        self.lock().values().cloned().collect()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<Process>>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn execs_are_found_by_id_and_only_once() {
+        let container = Container::new("c", Path::new("/b"), Endpoints::default());
+        container.add_exec("e", Endpoints::default()).unwrap();
+        assert!(matches!(
+            container.add_exec("e", Endpoints::default()),
+            Err(Error::AlreadyExists { kind: "exec", .. })
+        ));
+        assert!(matches!(container.add_exec("../e", Endpoints::default()), Err(Error::InvalidId { .. })));
+        assert_eq!(container.process("e").unwrap().id(), "e");
+        assert_eq!(container.process("").unwrap().id(), "c");
+        container.remove_exec("e");
+        assert!(matches!(container.process("e"), Err(Error::NotFound { kind: "exec", .. })));
+    }
+}

@@ -1,0 +1,346 @@
+//! One pod's VM: from a spawned VMM to an agent that answers, and back to nothing.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use mayu_agent_api::{READY_PORT, RPC_PORT, STREAM_PORT, StreamId};
+use mayu_vmm_api::{Event, EventStream, ExitReason, Request, VmConfig, VmmClient};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use slog::{Logger, info, warn};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, timeout_at};
+
+use crate::agent::{Agent, AgentEvents, read_hello};
+use crate::cgroup;
+use crate::config::Config;
+use crate::console::{Console, Source};
+use crate::delete::start_time;
+use crate::error::system;
+use crate::state_dir::{Record, StateDir};
+use crate::vmm_process::{HostFiles, VmmProcess};
+use crate::{Error, Result};
+
+/// The guest's vsock context id. It need not differ from pod to pod: each VMM has a vsock of its own.
+const GUEST_CID: u32 = 3;
+
+/// What a VM is made of, beside the configuration.
+#[derive(Clone, Debug)]
+pub struct Blueprint {
+    /// The pod.
+    pub id: String,
+    /// The guest's host name.
+    pub hostname: String,
+    /// Where the VMM belongs in the host's cgroup hierarchy.
+    pub cgroup: Option<PathBuf>,
+}
+
+/// A running VM.
+#[derive(Debug)]
+pub struct Sandbox {
+    /// The configuration it was started with.
+    pub config: Config,
+    /// The pod's directory.
+    pub dir: StateDir,
+    /// The agent inside.
+    pub agent: Agent,
+    vmm: VmmProcess,
+    client: VmmClient,
+    cgroups: Vec<PathBuf>,
+    next_stream: AtomicU64,
+    condemned: watch::Sender<Option<String>>,
+    ended: watch::Sender<Option<String>>,
+    log: Logger,
+}
+
+/// What tells of the VM's end, for [`Sandbox::watch`].
+#[derive(Debug)]
+pub struct Signs {
+    vmm_events: EventStream,
+    ready: UnixStream,
+    console: Console,
+}
+
+/// What [`bring_up`] ends with.
+struct Up {
+    agent: Agent,
+    agent_events: AgentEvents,
+    ready: UnixStream,
+}
+
+impl Sandbox {
+    /// Starts the VMM, boots the guest and waits for its agent. The pod's directory has been made.
+    ///
+    /// # Errors
+    /// The step that failed, with the end of the guest's console where it may tell more; then there is no process
+    /// and no cgroup, and the directory is as before.
+    pub async fn boot(
+        config: Config,
+        dir: StateDir,
+        blueprint: Blueprint,
+        log: Logger,
+    ) -> Result<(Self, Signs, AgentEvents)> {
+        let files = HostFiles::open(&config.vm)?;
+        let deadline = Instant::now() + config.timeouts.boot();
+        let (vmm, client, mut vmm_events) = VmmProcess::spawn(&config, &log).await?;
+        let (mut console, console_writer) = Console::pipe(Source::Guest, log.clone())?;
+        let mut cgroups = Vec::new();
+        let outcome = match enter_cgroup(&dir, vmm.pid, blueprint.cgroup.as_deref(), &mut cgroups, &log) {
+            Ok(()) => {
+                let up = async {
+                    let machine = machine(&config, &blueprint.id);
+                    VmmProcess::build(&client, machine, files, &dir.share(), console_writer).await?;
+                    bring_up(&config, &client, &mut vmm_events, &blueprint, &log).await
+                };
+                timeout_at(deadline, up).await.unwrap_or_else(|_| {
+                    let seconds = config.timeouts.boot;
+                    Err(Error::BootTimeout { seconds, console: String::new() })
+                })
+            }
+            Err(error) => Err(error),
+        };
+        match outcome {
+            Ok(Up { agent, agent_events, ready }) => {
+                let signs = Signs { vmm_events, ready, console };
+                let sandbox = Self {
+                    config,
+                    dir,
+                    agent,
+                    vmm,
+                    client,
+                    cgroups,
+                    next_stream: AtomicU64::new(1),
+                    condemned: watch::Sender::new(None),
+                    ended: watch::Sender::new(None),
+                    log,
+                };
+                Ok((sandbox, signs, agent_events))
+            }
+            Err(error) => {
+                let end = vmm.kill().await;
+                cgroup::remove(&cgroups);
+                Err(with_console(error, &end, console.final_tail().await))
+            }
+        }
+    }
+
+    /// The VMM's pid, which containerd is told as the pid of every process of the pod.
+    pub fn pid(&self) -> u32 {
+        self.vmm.pid.unsigned_abs()
+    }
+
+    /// Connects a stdio stream of a process that the agent knows by `id`.
+    ///
+    /// # Errors
+    /// [`Error::Vmm`] or [`Error::System`].
+    pub async fn connect_stream(&self, id: StreamId) -> Result<UnixStream> {
+        let mut stream = connect(&self.client, STREAM_PORT).await?;
+        stream.write_u64(id.0).await.map_err(system("name a stdio stream to the agent"))?;
+        Ok(stream)
+    }
+
+    /// An identifier for the next stdio stream.
+    pub fn next_stream(&self) -> StreamId {
+        StreamId(self.next_stream.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Waits for the end of the VM, makes sure of it, and says why.
+    pub async fn watch(&self, mut signs: Signs) -> String {
+        let mut condemned = self.condemned.subscribe();
+        let mut byte = [0];
+        let mut reason = tokio::select! {
+            () = self.vmm.ended() => "its VMM ended".to_string(),
+            reason = exit_event(&mut signs.vmm_events) => reason,
+            _ = signs.ready.read(&mut byte) => "its agent ended".to_string(),
+            reason = condemned.wait_for(Option::is_some) =>
+                reason.ok().and_then(|reason| reason.clone()).unwrap_or_default(),
+        };
+        let how = self.vmm.kill().await;
+        // The VMM's own word is better than what its end looks like from outside.
+        while let Ok((event, _)) = signs.vmm_events.try_recv() {
+            if let Event::Exited(why) = event {
+                reason = describe(why);
+            }
+        }
+        let console = signs.console.final_tail().await;
+        info!(self.log, "the VM is gone"; "reason" => &reason, "vmm" => how, "console" => last_lines(&console));
+        self.ended.send_replace(Some(reason.clone()));
+        reason
+    }
+
+    /// Ends the VM for a reason; [`Sandbox::watch`] does it.
+    pub fn condemn(&self, reason: &str) {
+        self.condemned.send_if_modified(|condemned| {
+            let first = condemned.is_none();
+            if first {
+                *condemned = Some(reason.into());
+            }
+            first
+        });
+    }
+
+    /// Has the guest write everything back, ends the VM and takes away everything on the host.
+    /// [`Sandbox::watch`] must be running.
+    pub async fn tear_down(&self) {
+        if self.ended.borrow().is_none() {
+            if let Err(error) = self.agent.shutdown(self.config.timeouts.shutdown()).await {
+                warn!(self.log, "the guest did not shut down"; "error" => error.to_string());
+            }
+            self.condemn("the pod was shut down");
+        }
+        // The sender lives as long as `self`.
+        let _ = self.ended.subscribe().wait_for(Option::is_some).await;
+        cgroup::remove(&self.cgroups);
+        let dir = self.dir.clone();
+        match spawn_blocking(move || dir.remove()).await {
+            Ok(Err(error)) => warn!(self.log, "the pod's directory stays"; "error" => error.to_string()),
+            Err(error) => warn!(self.log, "the pod's directory stays"; "error" => error.to_string()),
+            Ok(Ok(())) => {}
+        }
+    }
+}
+
+fn machine(config: &Config, id: &str) -> VmConfig {
+    VmConfig {
+        sandbox_id: id.into(),
+        vcpus: config.vm.vcpus,
+        memory_mib: config.vm.memory_mib,
+        guest_cid: GUEST_CID,
+        kernel_args: config.vm.kernel_args.clone(),
+        host_ports: vec![READY_PORT],
+        uid: config.vm.uid,
+    }
+}
+
+/// Puts the VMM into the pod's cgroup before it allocates anything, and writes down how to find both.
+fn enter_cgroup(
+    dir: &StateDir,
+    pid: i32,
+    path: Option<&std::path::Path>,
+    made: &mut Vec<PathBuf>,
+    log: &Logger,
+) -> Result<()> {
+    let mount = std::path::Path::new(cgroup::MOUNT);
+    match path {
+        Some(path) if mount.join("cgroup.controllers").exists() => {
+            *made = cgroup::enter(&cgroup::directory(mount, path), pid)?;
+        }
+        Some(_) => warn!(log, "the VMM stays in the shim's cgroup: the host has no cgroup v2"),
+        None => {}
+    }
+    let start_time = start_time(pid).unwrap_or_default();
+    dir.write_record(&Record { pid, start_time, cgroups: made.clone() })
+}
+
+/// From built to ready: the vCPUs run, the agent announces itself and is connected to.
+async fn bring_up(
+    config: &Config,
+    client: &VmmClient,
+    events: &mut EventStream,
+    blueprint: &Blueprint,
+    log: &Logger,
+) -> Result<Up> {
+    client.request(Request::Resume, &[]).await?;
+    let mut ready = announced(events).await?;
+    let hello = read_hello(&mut ready).await?;
+    let stream = connect(client, RPC_PORT).await?;
+    let agent = Agent::new(stream, config.timeouts.request());
+    agent.configure(&blueprint.hostname).await?;
+    let agent_events = agent.events().await?;
+    info!(log, "VM is up"; "kernel_us" => hello.kernel_us, "agent_us" => hello.agent_us);
+    Ok(Up { agent, agent_events, ready })
+}
+
+async fn announced(events: &mut EventStream) -> Result<UnixStream> {
+    let failed = |reason: String| Error::Boot { reason, console: String::new() };
+    loop {
+        match events.recv().await {
+            Some((Event::VsockAccepted { port: READY_PORT }, fds)) => {
+                let fd = fds.into_iter().next().ok_or_else(|| failed("the VMM sent no stream".into()))?;
+                return into_stream(fd);
+            }
+            Some((Event::Exited(why), _)) => return Err(failed(describe(why))),
+            Some(_) => {}
+            None => return Err(failed("its VMM ended".into())),
+        }
+    }
+}
+
+/// Never ends without an [`Event::Exited`]: the end of the VMM is seen elsewhere.
+async fn exit_event(events: &mut EventStream) -> String {
+    loop {
+        match events.recv().await {
+            Some((Event::Exited(why), _)) => return describe(why),
+            Some(_) => {}
+            None => std::future::pending().await,
+        }
+    }
+}
+
+fn describe(reason: ExitReason) -> String {
+    match reason {
+        ExitReason::GuestReset => "the guest reset itself".into(),
+        ExitReason::Requested => "the shim asked for it".into(),
+        ExitReason::Failed(detail) => {
+            format!("its VMM failed: {}", detail.chars().take(1024).collect::<String>())
+        }
+    }
+}
+
+async fn connect(client: &VmmClient, port: u32) -> Result<UnixStream> {
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(system("create a stream to the guest"))?;
+    client.request(Request::VsockConnect { port }, &[std::os::fd::AsFd::as_fd(&theirs)]).await?;
+    into_stream(ours)
+}
+
+fn into_stream(fd: OwnedFd) -> Result<UnixStream> {
+    let stream = std::os::unix::net::UnixStream::from(fd);
+    stream.set_nonblocking(true).map_err(system("make a stream non-blocking"))?;
+    UnixStream::from_std(stream).map_err(system("watch a stream to the guest"))
+}
+
+/// Adds what the guest's console says, and how the VMM ended where that is the failure.
+fn with_console(error: Error, end: &str, console: String) -> Error {
+    match error {
+        Error::Boot { reason, .. } => Error::Boot { reason, console },
+        Error::BootTimeout { seconds, .. } => Error::BootTimeout { seconds, console },
+        Error::Vmm(mayu_vmm_api::Error::Closed) => {
+            Error::Boot { reason: format!("its VMM ended ({end}); its log lines say why"), console }
+        }
+        other => other,
+    }
+}
+
+/// Enough of the console for a log line.
+fn last_lines(console: &str) -> &str {
+    let start = console.trim_end().rmatch_indices('\n').nth(4).map_or(0, |(index, _)| index + 1);
+    &console[start..]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_five_lines_of_a_console() {
+        assert_eq!(last_lines("1\n2\n3\n4\n5\n6\n"), "2\n3\n4\n5\n6\n");
+        assert_eq!(last_lines("1\n2"), "1\n2");
+        assert_eq!(last_lines(""), "");
+    }
+
+    #[test]
+    fn a_failed_boot_shows_the_console_and_another_error_stays_as_it_is() {
+        let console = || "panic".to_string();
+        let timed_out = Error::BootTimeout { seconds: 3, console: String::new() };
+        assert!(with_console(timed_out, "signal 9", console()).to_string().ends_with("panic"));
+        let closed = Error::Vmm(mayu_vmm_api::Error::Closed);
+        let message = with_console(closed, "signal 11", console()).to_string();
+        assert!(message.contains("signal 11") && message.ends_with("panic"), "{message}");
+        let refused = mayu_vmm_api::Error::Refused { operation: "build", reason: "no ELF file".into() };
+        assert_eq!(with_console(Error::Vmm(refused), "", console()).to_string(), "VMM: build: no ELF file");
+    }
+}

@@ -1,0 +1,302 @@
+//! The OCI runtime spec of a container, as containerd wrote it for the host, rewritten for the guest.
+
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use mayu_agent_api::SHARE_DIR;
+use oci_spec::runtime::{LinuxDevice, LinuxNamespace, LinuxNamespaceType, Process, Spec};
+use slog::{Logger, info, warn};
+
+use crate::{Error, Result};
+
+/// The longest `config.json`, in bytes. It has to fit into one ttrpc message (4 MiB) with room to spare.
+const MAX_LEN: u64 = 3 * 1024 * 1024;
+
+/// The annotation by which CRI says to which pod a container belongs.
+pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+
+/// Character devices that exist in every guest.
+const GUEST_DEVICES: [&str; 7] =
+    ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/console"];
+
+/// A bind mount of the spec: what the shim has to bind under the share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bind {
+    /// The path on the host.
+    pub source: PathBuf,
+    /// Where in the container; only messages name it.
+    pub destination: PathBuf,
+    /// With everything mounted below it.
+    pub recursive: bool,
+    /// The guest must not write to it.
+    pub read_only: bool,
+}
+
+/// The result of [`for_guest`].
+#[derive(Debug)]
+pub struct GuestSpec {
+    /// The rewritten spec.
+    pub spec: Spec,
+    /// The root filesystem on the host when containerd gives no mounts for it.
+    pub root: PathBuf,
+    /// What is to be bound under the share, at the index that the rewritten spec names.
+    pub binds: Vec<Bind>,
+    /// Where the pod belongs in the host's cgroup hierarchy, as the spec says it.
+    pub cgroups_path: Option<PathBuf>,
+}
+
+/// Reads the bundle's `config.json`.
+///
+/// # Errors
+/// [`Error::Spec`] with the line and column of a syntax error.
+pub fn load(bundle: &Path) -> Result<Spec> {
+    let path = bundle.join("config.json");
+    let wrong = |reason: String| Error::Spec { path: path.clone(), reason };
+    let read = || -> io::Result<Vec<u8>> {
+        if fs::metadata(&path)?.len() > MAX_LEN {
+            return Err(io::Error::other(format!("larger than {MAX_LEN} bytes")));
+        }
+        fs::read(&path)
+    };
+    let text = read().map_err(|error| wrong(error.to_string()))?;
+    serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
+}
+
+/// The pod that the bundle's container belongs to: its own id unless CRI says otherwise.
+///
+/// # Errors
+/// As [`load`].
+pub fn sandbox_id(bundle: &Path, id: &str) -> Result<String> {
+    let spec = load(bundle)?;
+    let annotated = spec.annotations().as_ref().and_then(|annotations| annotations.get(SANDBOX_ID));
+    Ok(annotated.map_or(id, String::as_str).to_string())
+}
+
+/// Rewrites the spec of container `id` in `bundle` for the guest.
+///
+/// # Errors
+/// [`Error::Spec`] when something that every container needs is missing.
+pub fn for_guest(mut spec: Spec, id: &str, bundle: &Path, log: &Logger) -> Result<GuestSpec> {
+    let missing =
+        |what: &str| Error::Spec { path: bundle.join("config.json"), reason: format!("{what} is missing") };
+    let base = Path::new(SHARE_DIR).join(id);
+    let root = spec.root_mut().as_mut().ok_or_else(|| missing("root"))?;
+    let host_root = bundle.join(root.path());
+    root.set_path(base.join("rootfs"));
+    if spec.linux().is_none() {
+        return Err(missing("linux"));
+    }
+    rewrite_process(spec.process_mut().as_mut().ok_or_else(|| missing("process"))?, log);
+    let binds = rewrite_mounts(&mut spec, &base);
+    let cgroups_path = rewrite_linux(&mut spec, id, log);
+    if spec.hooks().is_some() {
+        warn!(log, "the spec's hooks are not run: they are programs of the host");
+        spec.set_hooks(None);
+    }
+    Ok(GuestSpec { spec, root: host_root, binds, cgroups_path })
+}
+
+/// Takes out of a process what refers to the host: its security modules.
+pub fn rewrite_process(process: &mut Process, log: &Logger) {
+    if let Some(profile) = process.apparmor_profile().clone().filter(|profile| !profile.is_empty()) {
+        info!(log, "the AppArmor profile is not applied: the guest has no AppArmor"; "profile" => profile);
+    }
+    process.set_apparmor_profile(None);
+    if let Some(label) = process.selinux_label().clone().filter(|label| !label.is_empty()) {
+        info!(log, "the SELinux label is not applied: the guest has no SELinux"; "label" => label);
+    }
+    process.set_selinux_label(None);
+}
+
+/// Points every bind mount at its place under the share.
+fn rewrite_mounts(spec: &mut Spec, base: &Path) -> Vec<Bind> {
+    let mut binds = Vec::new();
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        let options = mount.options().clone().unwrap_or_default();
+        let has = |option: &str| options.iter().any(|other| other == option);
+        let is_bind = has("bind") || has("rbind") || mount.typ().as_deref() == Some("bind");
+        let Some(source) = mount.source().clone().filter(|_| is_bind) else {
+            continue;
+        };
+        mount.set_source(Some(base.join("mounts").join(binds.len().to_string())));
+        binds.push(Bind {
+            source,
+            destination: mount.destination().clone(),
+            recursive: has("rbind"),
+            read_only: has("ro") || has("rro"),
+        });
+    }
+    binds
+}
+
+/// Gives the cgroup path on the host.
+fn rewrite_linux(spec: &mut Spec, id: &str, log: &Logger) -> Option<PathBuf> {
+    let linux = spec.linux_mut().as_mut()?;
+    let namespaces = linux.namespaces().iter().flatten().filter_map(guest_namespace).collect();
+    linux.set_namespaces(Some(namespaces));
+    let host_cgroup = linux.cgroups_path().clone();
+    linux.set_cgroups_path(Some(Path::new("/mayu").join(id)));
+    linux.set_mount_label(None);
+    linux.set_intel_rdt(None);
+    if let Some(devices) = linux.devices_mut() {
+        devices.retain(|device| is_guest_device(device, log));
+    }
+    host_cgroup
+}
+
+/// The guest's network is the pod's, so every container shares it. A path names a namespace of the host; in
+/// the guest the container gets a new one of that kind.
+fn guest_namespace(namespace: &LinuxNamespace) -> Option<LinuxNamespace> {
+    let mut namespace = namespace.clone();
+    namespace.set_path(None);
+    (namespace.typ() != LinuxNamespaceType::Network).then_some(namespace)
+}
+
+fn is_guest_device(device: &LinuxDevice, log: &Logger) -> bool {
+    let known = GUEST_DEVICES.iter().any(|path| Path::new(path) == device.path());
+    if !known {
+        warn!(log, "a device of the host is not in the guest"; "path" => device.path().display().to_string());
+    }
+    known
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn log() -> Logger {
+        Logger::root(slog::Discard, slog::o!())
+    }
+
+    fn rewrite(spec: serde_json::Value) -> Result<GuestSpec> {
+        for_guest(serde_json::from_value(spec).unwrap(), "c1", Path::new("/bundle"), &log())
+    }
+
+    fn minimal(linux: serde_json::Value, mounts: serde_json::Value) -> serde_json::Value {
+        json!({
+            "ociVersion": "1.1.0",
+            "root": {"path": "rootfs"},
+            "process": {"cwd": "/", "args": ["sh"], "user": {"uid": 0, "gid": 0}},
+            "mounts": mounts,
+            "linux": linux,
+        })
+    }
+
+    #[test]
+    fn the_root_is_under_the_share_and_the_hosts_is_remembered() {
+        let guest = rewrite(minimal(json!({}), json!([]))).unwrap();
+        assert_eq!(guest.spec.root().as_ref().unwrap().path(), Path::new("/run/mayu/share/c1/rootfs"));
+        assert_eq!(guest.root, Path::new("/bundle/rootfs"));
+    }
+
+    #[test]
+    fn an_absolute_root_stays_absolute() {
+        let mut spec = minimal(json!({}), json!([]));
+        spec["root"]["path"] = json!("/srv/root");
+        assert_eq!(rewrite(spec).unwrap().root, Path::new("/srv/root"));
+    }
+
+    #[test]
+    fn namespaces_are_new_ones_of_the_guest_and_its_network_is_shared() {
+        let linux = json!({"namespaces": [
+            {"type": "pid", "path": "/proc/1/ns/pid"},
+            {"type": "ipc"},
+            {"type": "uts", "path": "/var/run/uts"},
+            {"type": "mount"},
+            {"type": "cgroup"},
+            {"type": "network", "path": "/var/run/netns/cni-1"},
+        ]});
+        let guest = rewrite(minimal(linux, json!([]))).unwrap();
+        let namespaces = guest.spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
+        let types: Vec<_> = namespaces.iter().map(|namespace| namespace.typ().to_string()).collect();
+        assert_eq!(types, ["pid", "ipc", "uts", "mnt", "cgroup"]);
+        assert!(namespaces.iter().all(|namespace| namespace.path().is_none()));
+    }
+
+    #[test]
+    fn bind_mounts_move_under_the_share_and_others_stay() {
+        let mounts = json!([
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/data", "type": "bind", "source": "/srv/data", "options": ["rbind", "rw"]},
+            {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]},
+            {"destination": "/etc/hosts", "source": "/var/hosts", "options": ["bind", "ro"]},
+        ]);
+        let guest = rewrite(minimal(json!({}), mounts)).unwrap();
+        let sources: Vec<_> =
+            guest.spec.mounts().iter().flatten().map(|mount| mount.source().clone().unwrap()).collect();
+        let expected = ["proc", "/run/mayu/share/c1/mounts/0", "cgroup", "/run/mayu/share/c1/mounts/1"]
+            .map(PathBuf::from);
+        assert_eq!(sources, expected);
+        let bind = |source: &str, destination: &str, recursive, read_only| Bind {
+            source: source.into(),
+            destination: destination.into(),
+            recursive,
+            read_only,
+        };
+        assert_eq!(
+            guest.binds,
+            [bind("/srv/data", "/data", true, false), bind("/var/hosts", "/etc/hosts", false, true)]
+        );
+    }
+
+    #[test]
+    fn what_names_the_host_is_dropped() {
+        let mut spec = minimal(
+            json!({
+                "cgroupsPath": "/default/c1",
+                "mountLabel": "system_u",
+                "devices": [
+                    {"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
+                    {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
+                ],
+                "resources": {"devices": [{"allow": false, "access": "rwm"}], "pids": {"limit": 7}},
+            }),
+            json!([]),
+        );
+        spec["hooks"] = json!({"prestart": [{"path": "/bin/hook"}]});
+        spec["process"]["apparmorProfile"] = json!("docker-default");
+        spec["process"]["selinuxLabel"] = json!("svirt");
+        let guest = rewrite(spec).unwrap();
+        let linux = guest.spec.linux().as_ref().unwrap();
+        assert_eq!(guest.cgroups_path.as_deref(), Some(Path::new("/default/c1")));
+        assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/mayu/c1")));
+        assert_eq!(linux.mount_label(), &None);
+        assert_eq!(linux.devices().as_ref().unwrap().len(), 1);
+        let resources = linux.resources().as_ref().unwrap();
+        assert_eq!(resources.pids().as_ref().unwrap().limit(), 7);
+        assert_eq!(resources.devices().as_ref().unwrap().len(), 1);
+        assert_eq!(guest.spec.hooks(), &None);
+        let process = guest.spec.process().as_ref().unwrap();
+        assert_eq!((process.apparmor_profile(), process.selinux_label()), (&None, &None));
+    }
+
+    #[test]
+    fn a_missing_part_is_named() {
+        for part in ["root", "process", "linux"] {
+            let mut spec = minimal(json!({}), json!([]));
+            spec.as_object_mut().unwrap().remove(part);
+            let error = rewrite(spec).unwrap_err();
+            assert_eq!(error.to_string(), format!("OCI spec /bundle/config.json: {part} is missing"));
+        }
+    }
+
+    #[test]
+    fn malformed_json_is_located() {
+        let bundle = tempfile::tempdir().unwrap();
+        fs::write(bundle.path().join("config.json"), "{\n  \"ociVersion\": 7\n}").unwrap();
+        let message = load(bundle.path()).unwrap_err().to_string();
+        assert!(message.contains("config.json") && message.contains("line 2"), "{message}");
+    }
+
+    #[test]
+    fn a_container_belongs_to_the_pod_that_cri_names() {
+        let bundle = tempfile::tempdir().unwrap();
+        let mut spec = minimal(json!({}), json!([]));
+        fs::write(bundle.path().join("config.json"), spec.to_string()).unwrap();
+        assert_eq!(sandbox_id(bundle.path(), "c1").unwrap(), "c1");
+        spec["annotations"] = json!({SANDBOX_ID: "pod"});
+        fs::write(bundle.path().join("config.json"), spec.to_string()).unwrap();
+        assert_eq!(sandbox_id(bundle.path(), "c1").unwrap(), "pod");
+    }
+}

@@ -1,0 +1,258 @@
+//! A container's root filesystem and bind mounts, on the pod's share.
+
+use std::fs::{self, OpenOptions};
+use std::path::{Component, Path, PathBuf};
+use std::thread;
+
+use containerd_shim::mount::mount_rootfs;
+use containerd_shim_protos::types::mount::Mount;
+use nix::mount::{MsFlags, mount};
+use nix::sys::statvfs::{FsFlags, statvfs};
+
+use crate::error::file;
+use crate::spec::Bind;
+use crate::state_dir::{StateDir, unmount_below};
+use crate::{Error, Result};
+
+/// What a container sees of the host's files.
+#[derive(Debug)]
+pub struct Storage {
+    /// The container.
+    pub container_id: String,
+    /// What containerd's snapshotter wants mounted as the root, in order. May be empty.
+    pub rootfs: Vec<Mount>,
+    /// The root directory when `rootfs` is empty.
+    pub root: PathBuf,
+    /// Bind mounts; the n-th goes to `mounts/<n>`.
+    pub binds: Vec<Bind>,
+}
+
+impl Storage {
+    /// Mounts everything under the share. Blocks.
+    ///
+    /// # Errors
+    /// The mount that failed. What was mounted before stays until [`detach`].
+    pub fn attach(&self, dir: &StateDir) -> Result<()> {
+        let tree = dir.tree().join(&self.container_id);
+        for path in [tree.clone(), tree.join("rootfs"), tree.join("mounts")] {
+            fs::create_dir(&path).map_err(file("create", &path))?;
+        }
+        let share = dir.share().join(&self.container_id);
+        self.attach_rootfs(&share.join("rootfs"))?;
+        for (index, bind) in self.binds.iter().enumerate() {
+            attach_bind(bind, &tree.join("mounts"), &share.join("mounts"), &index.to_string())?;
+        }
+        Ok(())
+    }
+
+    fn attach_rootfs(&self, target: &Path) -> Result<()> {
+        if self.rootfs.is_empty() {
+            let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
+            mount(Some(&self.root), target, None::<&str>, flags, None::<&str>).map_err(|errno| {
+                Error::Mount {
+                    what: format!("the root filesystem {}", self.root.display()),
+                    target: target.into(),
+                    reason: errno.desc().into(),
+                }
+            })?;
+        }
+        for mount in &self.rootfs {
+            mount_layer(mount, &below(target, &mount.target)?)?;
+        }
+        cut_off(target)
+    }
+}
+
+/// Takes away what [`Storage::attach`] mounted, also when it failed half way. Blocks.
+///
+/// # Errors
+/// [`Error::Mount`] or [`Error::File`].
+pub fn detach(dir: &StateDir, container_id: &str) -> Result<()> {
+    unmount_below(&dir.share().join(container_id))?;
+    let tree = dir.tree().join(container_id);
+    match fs::remove_dir_all(&tree) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(file("remove", tree)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// In a thread of its own: for a long list of overlay layers `mount_rootfs` changes the thread's working
+/// directory to shorten the paths, since mount(2) takes no more than a page of options.
+fn mount_layer(layer: &Mount, target: &Path) -> Result<()> {
+    let kind = Some(layer.type_.as_str()).filter(|kind| !kind.is_empty());
+    let source = Some(layer.source.as_str()).filter(|source| !source.is_empty());
+    let mounted = thread::scope(|scope| {
+        scope
+            .spawn(|| mount_rootfs(kind, source, &layer.options, target).map_err(|error| error.to_string()))
+            .join()
+    });
+    let reason = match mounted {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(reason)) => reason,
+        Err(_) => "the mounting thread ended early".into(),
+    };
+    let what = format!("{} {} ({})", layer.type_, layer.source, layer.options.join(","));
+    Err(Error::Mount { what, target: target.into(), reason })
+}
+
+/// A path of the client below `base`, which it must not leave.
+fn below(base: &Path, path: &str) -> Result<PathBuf> {
+    let path = Path::new(path.trim_start_matches('/'));
+    if path.components().all(|component| matches!(component, Component::Normal(_) | Component::CurDir)) {
+        return Ok(base.join(path));
+    }
+    Err(Error::InvalidArgument(format!("rootfs mount target {} leaves the root filesystem", path.display())))
+}
+
+fn attach_bind(bind: &Bind, tree: &Path, share: &Path, name: &str) -> Result<()> {
+    let unusable = |source| Error::MountSource {
+        destination: bind.destination.clone(),
+        path: bind.source.clone(),
+        source,
+    };
+    let point = tree.join(name);
+    if fs::metadata(&bind.source).map_err(unusable)?.is_dir() {
+        fs::create_dir(&point).map_err(file("create", &point))?;
+    } else {
+        OpenOptions::new().write(true).create_new(true).open(&point).map_err(file("create", &point))?;
+    }
+    let target = share.join(name);
+    let recursion = if bind.recursive { MsFlags::MS_REC } else { MsFlags::empty() };
+    let flags = MsFlags::MS_BIND | recursion;
+    mount(Some(&bind.source), &target, None::<&str>, flags, None::<&str>)
+        .map_err(|errno| unusable(errno.into()))?;
+    cut_off(&target)?;
+    if bind.read_only { make_read_only(&target) } else { Ok(()) }
+}
+
+/// Later mounts on the source still arrive; unmounting here no longer unmounts there.
+fn cut_off(target: &Path) -> Result<()> {
+    let flags = MsFlags::MS_SLAVE | MsFlags::MS_REC;
+    mount(None::<&str>, target, None::<&str>, flags, None::<&str>).map_err(|errno| Error::Mount {
+        what: "as a slave".into(),
+        target: target.into(),
+        reason: errno.desc().into(),
+    })
+}
+
+/// A remount states all flags anew, so those that restrict are read first and kept.
+fn make_read_only(target: &Path) -> Result<()> {
+    let failed = |errno: nix::Error| Error::Mount {
+        what: "read-only".into(),
+        target: target.into(),
+        reason: errno.desc().into(),
+    };
+    let present = statvfs(target).map_err(failed)?.flags();
+    let kept = [
+        (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
+        (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
+        (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
+    ];
+    let kept = kept.into_iter().filter(|(flag, _)| present.contains(*flag)).map(|(_, flag)| flag);
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | kept.collect();
+    mount(None::<&str>, target, None::<&str>, flags, None::<&str>).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Pod {
+        root: tempfile::TempDir,
+        dir: StateDir,
+    }
+
+    impl Drop for Pod {
+        fn drop(&mut self) {
+            self.dir.remove().unwrap();
+        }
+    }
+
+    fn pod() -> Option<Pod> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED: needs root: mounts");
+            return None;
+        }
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(&root.path().join("run"), "ns", "pod").unwrap();
+        dir.create().unwrap();
+        Some(Pod { root, dir })
+    }
+
+    fn storage(pod: &Pod, binds: Vec<Bind>) -> Storage {
+        let root = pod.root.path().join("root");
+        fs::create_dir_all(&root).unwrap();
+        fs::write(root.join("hello"), "world").unwrap();
+        Storage { container_id: "c".into(), rootfs: vec![], root, binds }
+    }
+
+    fn bind(source: PathBuf, read_only: bool) -> Bind {
+        Bind { source, destination: "/data".into(), recursive: true, read_only }
+    }
+
+    #[test]
+    fn root_and_binds_appear_under_the_share_and_go_away_again() {
+        let Some(pod) = pod() else { return };
+        let data = pod.root.path().join("data");
+        fs::create_dir(&data).unwrap();
+        let file = pod.root.path().join("file");
+        fs::write(&file, "text").unwrap();
+        let storage = storage(&pod, vec![bind(data.clone(), false), bind(file.clone(), true)]);
+
+        storage.attach(&pod.dir).unwrap();
+
+        let share = pod.dir.share().join("c");
+        assert_eq!(fs::read_to_string(share.join("rootfs/hello")).unwrap(), "world");
+        fs::write(share.join("mounts/0/new"), "x").unwrap();
+        assert!(data.join("new").exists());
+        assert_eq!(fs::read_to_string(share.join("mounts/1")).unwrap(), "text");
+        assert!(fs::write(share.join("mounts/1"), "y").is_err());
+
+        detach(&pod.dir, "c").unwrap();
+
+        assert!(!share.exists());
+        assert!(data.join("new").exists() && file.exists());
+    }
+
+    #[test]
+    fn a_missing_source_is_named_and_leaves_nothing() {
+        let Some(pod) = pod() else { return };
+        let error = storage(&pod, vec![bind("/nonexistent".into(), false)]).attach(&pod.dir).unwrap_err();
+        assert!(
+            error.to_string().starts_with("mount on /data: source /nonexistent: No such file"),
+            "{error}"
+        );
+        detach(&pod.dir, "c").unwrap();
+        assert_eq!(fs::read_dir(pod.dir.tree()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn an_overlay_with_more_layers_than_a_page_of_options_is_mounted() {
+        let Some(pod) = pod() else { return };
+        let layers = pod.root.path().join("a-rather-long-directory-name/snapshots");
+        let names: Vec<_> = (0..120).map(|n| layers.join(n.to_string()).join("fs")).collect();
+        for name in &names {
+            fs::create_dir_all(name).unwrap();
+        }
+        fs::write(names[119].join("deep"), "x").unwrap();
+        let lower: Vec<_> = names.iter().map(|name| name.display().to_string()).collect();
+        let mut storage = storage(&pod, vec![]);
+        let options = vec![format!("lowerdir={}", lower.join(":"))];
+        assert!(options[0].len() > 4096);
+        storage.rootfs =
+            vec![Mount { type_: "overlay".into(), source: "overlay".into(), options, ..Default::default() }];
+        if let Err(error) = storage.attach(&pod.dir) {
+            assert!(error.to_string().contains("No such device"), "{error}");
+            eprintln!("SKIPPED: needs overlayfs: {error}");
+            return;
+        }
+        assert!(pod.dir.share().join("c/rootfs/deep").exists());
+    }
+
+    #[test]
+    fn a_target_outside_the_root_is_refused() {
+        assert!(below(Path::new("/r"), "../x").is_err());
+        assert_eq!(below(Path::new("/r"), "/a/b").unwrap(), Path::new("/r/a/b"));
+        assert_eq!(below(Path::new("/r"), "").unwrap(), Path::new("/r/"));
+    }
+}

@@ -1,0 +1,270 @@
+//! containerd's Task service.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use containerd_shim_protos::api::{
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
+    CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest,
+    PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse,
+    StateRequest, StateResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
+};
+use containerd_shim_protos::events::task::{TaskExecStarted, TaskPaused, TaskResumed, TaskStart};
+use containerd_shim_protos::shim_async::{Task, TaskClient, create_task};
+use slog::{debug, info};
+use ttrpc::r#async::{Service, TtrpcContext};
+use ttrpc::context::Context;
+
+use crate::exits::publish_exit;
+use crate::pod::Pod;
+use crate::process::{Process, State, Step};
+use crate::{Error, Result};
+
+/// The service's name in containerd 1.x; 2.x has it as `containerd.task.v3.Task` with the same messages.
+const V2: &str = "containerd.task.v2.Task";
+
+/// The Task service under both its names.
+pub fn services(pod: &Arc<Pod>) -> HashMap<String, Service> {
+    let service = || create_task(Arc::new(TaskService { pod: pod.clone() }));
+    let v2 = service().into_values().map(|service| (V2.to_string(), service));
+    v2.chain(service()).collect()
+}
+
+struct TaskService {
+    pod: Arc<Pod>,
+}
+
+/// Runs a request to its end also when containerd goes away meanwhile: the server drops the handlers of a connection
+/// that closes.
+async fn complete<T, F>(operation: &'static str, pod: &Arc<Pod>, request: F) -> ttrpc::Result<T>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T>> + Send + 'static,
+{
+    let result = tokio::spawn(request).await.unwrap_or_else(|error| {
+        Err(Error::System { operation, source: std::io::Error::other(error.to_string()) })
+    });
+    result.map_err(|error| {
+        info!(pod.log, "request failed"; "operation" => operation, "error" => error.to_string());
+        error.into()
+    })
+}
+
+#[async_trait]
+impl Task for TaskService {
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: CreateTaskRequest,
+    ) -> ttrpc::Result<CreateTaskResponse> {
+        let pod = self.pod.clone();
+        let create = async move {
+            let pid = pod.create(request).await?;
+            Ok(CreateTaskResponse { pid, ..Default::default() })
+        };
+        complete("create", &self.pod, create).await
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        complete("start", &self.pod, start(self.pod.clone(), request)).await
+    }
+
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        Ok(state(&self.pod, &request)?)
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+        let pod = self.pod.clone();
+        let delete = async move { pod.delete(&request.id, &request.exec_id).await };
+        complete("delete", &self.pod, delete).await
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        let pod = self.pod.clone();
+        let exec = async move { pod.exec(request).await.map(|()| Empty::new()) };
+        complete("exec", &self.pod, exec).await
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        complete("kill", &self.pod, kill(self.pod.clone(), request)).await
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        complete("pause", &self.pod, pause(self.pod.clone(), request)).await
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        complete("resume", &self.pod, resume(self.pod.clone(), request)).await
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let exit = self.pod.container(&request.id)?.process(&request.exec_id)?.wait().await;
+        Ok(WaitResponse { exit_status: exit.status, exited_at: exit.timestamp(), ..Default::default() })
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        self.pod.container(&request.id)?;
+        let pids = async |task: TaskClient| task.pids(Context::default(), &request).await;
+        Ok(self.pod.running_sandbox()?.agent.task("list processes", pids).await?)
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        self.pod.container(&request.id)?;
+        let stats = async |task: TaskClient| task.stats(Context::default(), &request).await;
+        Ok(self.pod.running_sandbox()?.agent.task("read statistics", stats).await?)
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let state = self.pod.container(&request.id)?.init.state();
+        if matches!(state, State::Stopped | State::Deleting) {
+            return Err(
+                Error::WrongState { operation: "update the container of", state: state.name() }.into()
+            );
+        }
+        let pod = self.pod.clone();
+        let update = async move {
+            let update = async |task: TaskClient| task.update(Context::default(), &request).await;
+            pod.running_sandbox()?.agent.task("update resources", update).await
+        };
+        complete("update", &self.pod, update).await
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        let process = self.pod.container(&request.id)?.process(&request.exec_id)?;
+        let state = process.state();
+        if matches!(state, State::Stopped | State::Deleting) {
+            return Err(Error::WrongState { operation: "resize the terminal of", state: state.name() }.into());
+        }
+        let resize = async |task: TaskClient| task.resize_pty(Context::default(), &request).await;
+        Ok(self.pod.running_sandbox()?.agent.task("resize a terminal", resize).await?)
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        let process = self.pod.container(&request.id)?.process(&request.exec_id)?;
+        if let Some(stdio) = process.stdio().filter(|_| request.stdin) {
+            stdio.close_stdin();
+        }
+        Ok(Empty::new())
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        Err(Error::Unimplemented("a container cannot be checkpointed: its memory is the VM's").into())
+    }
+
+    async fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+        Ok(ConnectResponse { shim_pid: std::process::id(), task_pid: self.pod.pid(), ..Default::default() })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
+        let pod = self.pod.clone();
+        let shutdown = async move {
+            pod.shutdown().await;
+            Ok(Empty::new())
+        };
+        complete("shutdown", &self.pod, shutdown).await
+    }
+}
+
+async fn start(pod: Arc<Pod>, request: StartRequest) -> Result<StartResponse> {
+    let container = pod.container(&request.id)?;
+    let process = container.process(&request.exec_id)?;
+    let sandbox = pod.running_sandbox()?;
+    let init = container.init.state();
+    if !request.exec_id.is_empty() && !matches!(init, State::Created | State::Running) {
+        return Err(Error::WrongState { operation: "start an exec in the container of", state: init.name() });
+    }
+    process.step(Step::Start, "start")?;
+    let start = async |task: TaskClient| task.start(Context::default(), &request).await;
+    if let Err(error) = sandbox.agent.task("start a process", start).await {
+        // An exec that never began has no end that containerd hears of; an init process has, as with runc.
+        if process.finish_unstarted() && request.exec_id.is_empty() {
+            publish_exit(&pod, &sandbox, &process, process.wait().await);
+        }
+        return Err(error);
+    }
+    let pid = sandbox.pid();
+    if request.exec_id.is_empty() {
+        pod.events.publish(TaskStart { container_id: container.id.clone(), pid, ..Default::default() });
+    } else {
+        let (container_id, exec_id) = (container.id.clone(), process.exec_id.clone());
+        pod.events.publish(TaskExecStarted { container_id, exec_id, pid, ..Default::default() });
+    }
+    // Only now may its end be published.
+    process.step(Step::Started, "start")?;
+    debug!(pod.log, "process started"; "container" => &container.id, "process" => process.id());
+    Ok(StartResponse { pid, ..Default::default() })
+}
+
+fn state(pod: &Pod, request: &StateRequest) -> Result<StateResponse> {
+    let container = pod.container(&request.id)?;
+    let process = container.process(&request.exec_id)?;
+    let exit = process.exit();
+    let endpoints = process.endpoints.clone();
+    Ok(StateResponse {
+        id: process.id().into(),
+        bundle: container.bundle.display().to_string(),
+        pid: pod.pid(),
+        status: shown_state(&process, &container.init).status().into(),
+        stdin: endpoints.stdin,
+        stdout: endpoints.stdout,
+        stderr: endpoints.stderr,
+        terminal: endpoints.terminal,
+        exit_status: exit.map(|exit| exit.status).unwrap_or_default(),
+        exited_at: exit.map(|exit| exit.timestamp()).unwrap_or_default(),
+        exec_id: process.exec_id.clone(),
+        ..Default::default()
+    })
+}
+
+/// With its container every process is paused.
+fn shown_state(process: &Process, init: &Process) -> State {
+    match (process.state(), init.state()) {
+        (State::Running, paused @ (State::Pausing | State::Paused)) => paused,
+        (state, _) => state,
+    }
+}
+
+async fn kill(pod: Arc<Pod>, request: KillRequest) -> Result<Empty> {
+    let process = pod.container(&request.id)?.process(&request.exec_id)?;
+    match process.state() {
+        State::Stopped | State::Deleting => return Err(Error::Finished),
+        state @ (State::Creating | State::Created) if !request.exec_id.is_empty() => {
+            return Err(Error::WrongState { operation: "kill", state: state.name() });
+        }
+        _ => {}
+    }
+    let kill = async |task: TaskClient| task.kill(Context::default(), &request).await;
+    pod.running_sandbox()?.agent.task("send a signal", kill).await
+}
+
+async fn pause(pod: Arc<Pod>, request: PauseRequest) -> Result<Empty> {
+    let container = pod.container(&request.id)?;
+    let sandbox = pod.running_sandbox()?;
+    container.init.step(Step::Pause, "pause")?;
+    let pause = async |task: TaskClient| task.pause(Context::default(), &request).await;
+    if let Err(error) = sandbox.agent.task("pause a container", pause).await {
+        // It may have ended meanwhile.
+        let _ = container.init.step(Step::NotPaused, "pause");
+        return Err(error);
+    }
+    container.init.step(Step::Paused, "pause")?;
+    pod.events.publish(TaskPaused { container_id: container.id.clone(), ..Default::default() });
+    Ok(Empty::new())
+}
+
+async fn resume(pod: Arc<Pod>, request: ResumeRequest) -> Result<Empty> {
+    let container = pod.container(&request.id)?;
+    let sandbox = pod.running_sandbox()?;
+    container.init.step(Step::Resume, "resume")?;
+    let resume = async |task: TaskClient| task.resume(Context::default(), &request).await;
+    if let Err(error) = sandbox.agent.task("resume a container", resume).await {
+        // It may have ended meanwhile.
+        let _ = container.init.step(Step::NotResumed, "resume");
+        return Err(error);
+    }
+    container.init.step(Step::Resumed, "resume")?;
+    pod.events.publish(TaskResumed { container_id: container.id.clone(), ..Default::default() });
+    Ok(Empty::new())
+}
