@@ -1,0 +1,195 @@
+//! The shim's part, played by a test: starts `mayu-vmm`, talks to it, and reads the guest's console.
+
+#![allow(unsafe_code, dead_code)]
+
+use std::fs::File;
+use std::io::Read as _;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use mayu_vmm_api::{CONTROL_FD, Event, ExitReason, Message, Reply, Request, VmConfig, receive, send};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+use nix::sys::time::TimeVal;
+
+/// How long the VMM may be silent. Generous: a software processor may be the one that runs it.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Says loudly that a test did not run, and why.
+pub fn skip(reason: &str) {
+    eprintln!("\nSKIPPED: {reason}\n");
+}
+
+/// Why no machine can be run here, if none can.
+pub fn no_kvm() -> Option<String> {
+    let error = File::options().read(true).write(true).open("/dev/kvm").err()?;
+    Some(format!("needs KVM: /dev/kvm: {error}"))
+}
+
+/// A file named by an environment variable.
+pub fn file_from_environment(variable: &str) -> Result<PathBuf, String> {
+    let path = std::env::var_os(variable).ok_or(format!("needs the environment variable {variable}"))?;
+    match Path::new(&path).is_file() {
+        true => Ok(path.into()),
+        false => Err(format!("needs {variable} to name a file, not {}", path.display())),
+    }
+}
+
+/// A machine's description that fits any test.
+pub fn config() -> VmConfig {
+    VmConfig {
+        sandbox_id: "test".into(),
+        vcpus: 1,
+        memory_mib: 64,
+        guest_cid: 3,
+        kernel_args: String::new(),
+        host_ports: vec![1024],
+        uid: 65_534,
+    }
+}
+
+/// A running `mayu-vmm`, which dies with this value.
+pub struct Vmm {
+    process: Child,
+    socket: OwnedFd,
+    console: Arc<Mutex<Vec<u8>>>,
+    reader: Option<JoinHandle<()>>,
+    next_id: u64,
+    /// Messages that came while another was waited for.
+    early: Vec<(Message, Vec<OwnedFd>)>,
+}
+
+impl Vmm {
+    /// Starts it, and has it build a machine. An error is the VMM's own.
+    pub fn build(config: VmConfig, kernel: &Path, image: &Path, share: &Path) -> (Self, Result<(), String>) {
+        let (console_reader, console) = nix::unistd::pipe().unwrap();
+        let mut vmm = Self::spawn(console_reader.into());
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
+        let share = File::open(share).unwrap();
+        let (kernel, image) = (File::open(kernel).unwrap(), File::open(image).unwrap());
+        let fds = [kvm.as_fd(), kernel.as_fd(), image.as_fd(), share.as_fd(), console.as_fd()];
+        let id = vmm.send(Request::Build(config), &fds);
+        drop(console);
+        let outcome = vmm.reply(id);
+        (vmm, outcome)
+    }
+
+    fn spawn(mut console: File) -> Self {
+        // The machine's process is re-parented when the one that is spawned here ends.
+        nix::sys::prctl::set_child_subreaper(true).unwrap();
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        let patience = TimeVal::new(PATIENCE.as_secs() as i64, 0);
+        setsockopt(&ours, sockopt::ReceiveTimeout, &patience).unwrap();
+        let program = std::env::var_os("MAYU_TEST_VMM").unwrap_or(env!("CARGO_BIN_EXE_mayu-vmm").into());
+        let mut command = Command::new(program);
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        let number = theirs.as_raw_fd();
+        // SAFETY: the closure makes one system call and allocates nothing.
+        unsafe {
+            command.pre_exec(move || match libc::dup2(number, CONTROL_FD) {
+                -1 => Err(std::io::Error::last_os_error()),
+                _ => Ok(()),
+            });
+        }
+        let process = command.spawn().unwrap();
+        let output = Arc::new(Mutex::new(Vec::new()));
+        let shared = output.clone();
+        let reader = std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(count @ 1..) = console.read(&mut buffer) {
+                shared.lock().unwrap().extend_from_slice(&buffer[..count]);
+            }
+        });
+        Self { process, socket: ours, console: output, reader: Some(reader), next_id: 1, early: vec![] }
+    }
+
+    /// What the guest has printed so far.
+    pub fn console(&self) -> String {
+        String::from_utf8_lossy(&self.console.lock().unwrap()).into_owned()
+    }
+
+    /// What the guest has printed, once it is gone.
+    pub fn whole_console(&mut self) -> String {
+        self.reader.take().unwrap().join().unwrap();
+        self.console()
+    }
+
+    /// Sends a request and waits for its answer.
+    pub fn request(&mut self, request: Request, fds: &[OwnedFd]) -> Result<(), String> {
+        let fds: Vec<_> = fds.iter().map(OwnedFd::as_fd).collect();
+        let id = self.send(request, &fds);
+        self.reply(id)
+    }
+
+    /// Asks for the machine's counters.
+    pub fn status(&mut self) -> mayu_vmm_api::Status {
+        let id = self.send(Request::Status, &[]);
+        match self.wait(|message| matches!(message, Message::Reply { id: its, .. } if *its == id)) {
+            (Message::Reply { body: Reply::Status(status), .. }, _) => status,
+            other => panic!("no status but {other:?}"),
+        }
+    }
+
+    /// Waits for a connection of the guest to a host port.
+    pub fn accept(&mut self, port: u32) -> OwnedFd {
+        let wanted = Message::Event { body: Event::VsockAccepted { port } };
+        self.wait(|message| *message == wanted).1.remove(0)
+    }
+
+    /// Waits for the pid of the machine's process.
+    pub fn pid(&mut self) -> i32 {
+        match self.wait(|message| matches!(message, Message::Event { body: Event::Started { .. } })).0 {
+            Message::Event { body: Event::Started { pid } } => pid,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Waits for the machine's end.
+    pub fn exit(&mut self) -> ExitReason {
+        match self.wait(|message| matches!(message, Message::Event { body: Event::Exited(_) })).0 {
+            Message::Event { body: Event::Exited(reason) } => reason,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn send(&mut self, body: Request, fds: &[std::os::fd::BorrowedFd<'_>]) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        send(&self.socket, &Message::Request { id, body }, fds).unwrap();
+        id
+    }
+
+    fn reply(&mut self, id: u64) -> Result<(), String> {
+        match self.wait(|message| matches!(message, Message::Reply { id: its, .. } if *its == id)).0 {
+            Message::Reply { body: Reply::Ok, .. } => Ok(()),
+            Message::Reply { body: Reply::Error { reason }, .. } => Err(reason),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn wait(&mut self, wanted: impl Fn(&Message) -> bool) -> (Message, Vec<OwnedFd>) {
+        if let Some(position) = self.early.iter().position(|(message, _)| wanted(message)) {
+            return self.early.remove(position);
+        }
+        loop {
+            let (message, fds) = receive(&self.socket).unwrap_or_else(|error| {
+                panic!("{error}; the machine said:\n{:?}\n{}", self.early, self.console())
+            });
+            if wanted(&message) {
+                return (message, fds);
+            }
+            self.early.push((message, fds));
+        }
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        let _ = self.process.wait();
+    }
+}
