@@ -26,11 +26,14 @@ use table::Budget;
 use worker::Gate;
 
 mod attributes;
+mod filesystem;
 mod identity;
 mod raw;
 mod request;
 mod share;
 mod table;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 /// The longest name of a share, in bytes (virtio 1.2, 5.11.4).
@@ -144,7 +147,7 @@ impl VirtioDevice for Fs {
     fn restore(&mut self, state: &DeviceState) -> Result<()> {
         let problem = match state {
             DeviceState::Fs(FsState { options, held: 0 }) => {
-                self.share.resume_session(*options);
+                self.share.begin_session(*options);
                 return Ok(());
             }
             DeviceState::Fs(_) => "the guest held files of the share",

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::sync::Arc;
 
-use fuse_backend_rs::abi::fuse_abi::{InHeader, OutHeader};
+use fuse_backend_rs::abi::fuse_abi::{InHeader, Opcode, OutHeader};
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter};
 use virtio_queue::DescriptorChain;
@@ -16,6 +16,9 @@ use crate::devices::virtio::chain::Chain;
 /// The most that the driver may send or have sent in one request: 1 MiB of data, which is what the reply to INIT
 /// tells it (`MAX_REQ_PAGES` of fuse-backend-rs), and the structs before it.
 const MAX_REQUEST: usize = (1 << 20) + 4096;
+
+/// The length of an answer that says nothing but whether there was an error.
+const OUT_HEADER: u32 = size_of::<OutHeader>() as u32;
 
 /// A request whose buffers lie in guest memory and are of a sane size. Their content is not checked yet, and may
 /// change at any time: whoever reads it reads it once.
@@ -55,7 +58,11 @@ impl<'a> Request<'a> {
     /// refused, with as many bytes as the error says.
     pub(super) fn serve(self, server: &Server<Arc<Share>>) -> Result<u32, u32> {
         let mut refusal = self.writer.clone();
+        let destroyed = self.header.opcode == Opcode::Destroy as u32
+            && refusal.available_bytes() >= size_of::<OutHeader>();
         match server.handle_message(self.reader, self.writer.into(), None, None) {
+            // fuse-backend-rs answers this request, but does not count the answer.
+            Ok(_) if destroyed => Ok(OUT_HEADER),
             Ok(written) => Ok(u32::try_from(written).unwrap_or(u32::MAX)),
             Err(_) => Err(refuse(&mut refusal, self.header.unique)),
         }
@@ -65,6 +72,6 @@ impl<'a> Request<'a> {
 /// Answers EINVAL, if there is room for an answer.
 fn refuse(writer: &mut VirtioFsWriter<'_>, unique: u64) -> u32 {
     const LENGTH: u32 = size_of::<OutHeader>() as u32;
-    let header = OutHeader { len: LENGTH, error: -libc::EINVAL, unique };
-    writer.write_all(header.as_slice()).map_or(0, |()| LENGTH)
+    let header = OutHeader { len: OUT_HEADER, error: -libc::EINVAL, unique };
+    writer.write_all(header.as_slice()).map_or(0, |()| OUT_HEADER)
 }

@@ -1,5 +1,4 @@
-//! The shared directory as the FUSE server of fuse-backend-rs sees it: every request becomes system calls on
-//! descriptors, never on paths.
+//! The shared directory: every request becomes system calls on descriptors, never on paths.
 //!
 //! The driver is hostile, the host's directory tree is not trusted to hold still. A name is one component; it is
 //! looked up once, without following a symbolic link, and from then on the descriptor stands for the file. Only
@@ -7,78 +6,42 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use fuse_backend_rs::abi::fuse_abi::{CreateIn, FOPEN_IN_KILL_SUIDGID, WRITE_KILL_PRIV, stat64, statvfs64};
-use fuse_backend_rs::api::filesystem::{
-    Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
-    SetattrValid, ZeroCopyReader, ZeroCopyWriter,
-};
+use fuse_backend_rs::api::filesystem::{Entry, FsOptions, OpenOptions};
 use rustix::fs::{
-    AtFlags, CWD, Dev, FallocateFlags, FileType, Mode, OFlags, RawDir, RawDirEntry, RenameFlags, SeekFrom,
-    Statx, StatxFlags, XattrFlags, linkat, mkdirat, mknodat, openat, readlinkat, renameat_with, seek, statx,
-    symlinkat, unlinkat,
+    AtFlags, CWD, FileType, Mode, OFlags, RawDir, RawDirEntry, SeekFrom, Statx, StatxFlags, openat, seek,
+    statx,
 };
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
 use super::attributes;
 use super::identity::{ScopedUmask, WithoutFsetid};
-use super::raw::{self, GuestIo};
+use super::raw;
 use super::table::{Budget, Descriptor, Handle, Handles, Inode, Inodes, Version, lock};
 
-/// How long the driver may believe what it was told of a name or an attribute. What somebody else changes in a
-/// volume is seen in the guest after this time.
-const TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the driver may believe what it was told of a name or an attribute: what somebody else changes in a
+/// volume is to be seen in the guest within a second.
+pub(super) const TIMEOUT: Duration = Duration::from_millis(500);
 
 /// FUSE_ATTR_SUBMOUNT of `include/uapi/linux/fuse.h`: this directory is the root of another mount.
 const ATTR_SUBMOUNT: u32 = 1;
 
-/// What this file system asks for if the driver is capable of it.
-///
-/// No WRITEBACK_CACHE: what a container has written must be on the host when the container dies. No POSIX_LOCKS and
-/// FLOCK_LOCKS: locks stay inside the guest, so that none can block a worker.
-const WANTED: FsOptions = FsOptions::ASYNC_READ
-    .union(FsOptions::ATOMIC_O_TRUNC)
-    .union(FsOptions::BIG_WRITES)
-    .union(FsOptions::AUTO_INVAL_DATA)
-    .union(FsOptions::DO_READDIRPLUS)
-    .union(FsOptions::READDIRPLUS_AUTO)
-    .union(FsOptions::ASYNC_DIO)
-    .union(FsOptions::PARALLEL_DIROPS)
-    .union(FsOptions::MAX_PAGES)
-    .union(FsOptions::SUBMOUNTS)
-    .union(FsOptions::HANDLE_KILLPRIV_V2)
-    .union(FsOptions::INIT_EXT);
-
-/// Access control lists are the driver's to obey; the host's kernel inherits them, which takes the raw mode and the
-/// umask.
-const ACCESS_CONTROL_LISTS: FsOptions = FsOptions::POSIX_ACL.union(FsOptions::DONT_MASK);
-
-/// What of a driver's flags reaches `open`. Not O_DIRECT, since the driver's buffers are aligned as the guest's
-/// device demands, not the host's. Not O_APPEND, which would make the write-back of a mapped page an append.
-const OPEN_FLAGS: OFlags = OFlags::ACCMODE.union(OFlags::TRUNC).union(OFlags::DSYNC).union(OFlags::SYNC);
-
 /// Bytes of directory entries that are read at once.
 const DIRECTORY_BUFFER: usize = 32 * 1024;
 
-/// XATTR_SIZE_MAX and XATTR_LIST_MAX of `include/uapi/linux/limits.h`.
-const MAX_XATTR: usize = 64 * 1024;
-
-/// The extended attributes that a driver may change. Others label the file for the host's own purposes.
-const WRITABLE_XATTRS: [&[u8]; 3] = [b"user.", b"security.capability", b"system.posix_acl_"];
-
 /// A directory of the host and what the driver holds of it.
 pub(super) struct Share {
-    inodes: Inodes,
-    handles: Handles,
+    pub inodes: Inodes,
+    pub handles: Handles,
     budget: Arc<Budget>,
     /// `/proc/self/fd`, through which an `O_PATH` descriptor is opened again.
-    descriptors: OwnedFd,
+    pub descriptors: OwnedFd,
     /// The [`FsOptions`] of the current session; none before INIT.
     options: AtomicU64,
 }
@@ -114,8 +77,8 @@ impl Share {
         self.options.load(Ordering::Relaxed)
     }
 
-    /// Continues a session in which nothing but the root was known.
-    pub(super) fn resume_session(&self, options: u64) {
+    /// Starts a session, or continues one in which nothing but the root was known.
+    pub(super) fn begin_session(&self, options: u64) {
         self.options.store(options, Ordering::Relaxed);
     }
 
@@ -128,31 +91,41 @@ impl Share {
         self.options() & option.bits() != 0
     }
 
+    /// Charges the driver for a file.
+    ///
+    /// # Errors
+    /// `ENFILE`: it holds too much already.
+    pub(super) fn charge(&self, file: OwnedFd) -> io::Result<Descriptor> {
+        self.budget.charge(file)
+    }
+
     /// Opens what an `O_PATH` descriptor stands for.
-    fn reopen(&self, file: &impl AsFd, flags: OFlags) -> io::Result<OwnedFd> {
+    pub(super) fn reopen(&self, file: &impl AsFd, flags: OFlags) -> io::Result<OwnedFd> {
         let name = DecInt::from_fd(file);
         Ok(openat(&self.descriptors, name, flags | OFlags::CLOEXEC, Mode::empty())?)
     }
 
-    /// Opens a regular file.
-    fn open_file(&self, inode: &Inode, flags: OFlags) -> io::Result<OwnedFd> {
+    /// Opens a regular file. Where the host would wait, as for somebody's lease or in some files of procfs, the
+    /// driver is told EAGAIN instead.
+    pub(super) fn open_file(&self, inode: &Inode, flags: OFlags) -> io::Result<OwnedFd> {
         match inode.kind {
-            FileType::RegularFile => self.reopen(inode, flags),
+            FileType::RegularFile => self.reopen(inode, flags | OFlags::NONBLOCK),
             _ => Err(Errno::BADF.into()),
         }
     }
 
     /// Finds `name` in `parent` and counts that the driver is told.
-    fn find(&self, parent: &Inode, name: &CStr) -> io::Result<Entry> {
+    pub(super) fn find(&self, parent: &Inode, name: &CStr) -> io::Result<Entry> {
         check_name(name)?;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = openat(parent, name, flags, Mode::empty())?;
         self.entry(parent, file)
     }
 
-    fn entry(&self, parent: &Inode, file: OwnedFd) -> io::Result<Entry> {
+    /// Finds or adds the inode of an `O_PATH` descriptor, and counts that the driver is told.
+    pub(super) fn entry(&self, parent: &Inode, file: OwnedFd) -> io::Result<Entry> {
         let stat = stat(&file)?;
-        let inode = self.inodes.remember(self.budget.charge(file)?, &stat);
+        let inode = self.inodes.remember(self.charge(file)?, &stat);
         let crosses = inode.kind == FileType::Directory
             && (inode.key.mount, inode.key.device) != (parent.key.mount, parent.key.device);
         let submount = crosses && self.has_option(FsOptions::SUBMOUNTS);
@@ -167,7 +140,7 @@ impl Share {
     }
 
     /// Makes `name` in the directory `parent` by `make`, and tells what came to be.
-    fn make(
+    pub(super) fn make(
         &self,
         parent: u64,
         name: &CStr,
@@ -184,7 +157,12 @@ impl Share {
     }
 
     /// Registers an open file, and tells the driver how to cache it.
-    fn add_handle(&self, inode: &Inode, file: Descriptor, flags: OFlags) -> io::Result<(u64, OpenOptions)> {
+    pub(super) fn add_handle(
+        &self,
+        inode: &Inode,
+        file: Descriptor,
+        flags: OFlags,
+    ) -> io::Result<(u64, OpenOptions)> {
         let mut options = OpenOptions::empty();
         if inode.unchanged_since_open(Version::from(&stat(&file)?)) {
             options |= OpenOptions::KEEP_CACHE;
@@ -196,7 +174,7 @@ impl Share {
     }
 
     /// Calls `add` for each entry of a directory from `offset` on, until it says that there is no more room.
-    fn read_directory(
+    pub(super) fn read_directory(
         &self,
         inode: u64,
         handle: u64,
@@ -221,7 +199,8 @@ impl Share {
         Ok(())
     }
 
-    fn setattr_size(
+    /// `truncate`, of an open file or by the inode.
+    pub(super) fn set_size(
         &self,
         inode: &Inode,
         handle: Option<&Handle>,
@@ -236,437 +215,19 @@ impl Share {
         }
         Ok(())
     }
-
-    /// `/proc/self/fd/<n>`: the system calls for extended attributes take no `O_PATH` descriptor.
-    fn xattr_path(inode: &Inode) -> String {
-        format!("/proc/self/fd/{}", inode.as_fd().as_raw_fd())
-    }
-}
-
-impl FileSystem for Share {
-    type Inode = u64;
-    type Handle = u64;
-
-    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        self.end_session();
-        let mut wanted = WANTED;
-        if capable.contains(ACCESS_CONTROL_LISTS) {
-            wanted |= ACCESS_CONTROL_LISTS;
-        }
-        self.options.store((capable & wanted).bits(), Ordering::Relaxed);
-        Ok(wanted)
-    }
-
-    fn destroy(&self) {
-        self.end_session();
-    }
-
-    fn lookup(&self, _context: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
-        self.find(&*self.inodes.get(parent)?, name)
-    }
-
-    fn forget(&self, _context: &Context, inode: u64, count: u64) {
-        self.inodes.forget(inode, count);
-    }
-
-    fn getattr(&self, _context: &Context, inode: u64, handle: Option<u64>) -> io::Result<(stat64, Duration)> {
-        let stat = match handle {
-            Some(handle) => stat(&*self.handles.get(handle, inode)?)?,
-            None => stat(&*self.inodes.get(inode)?)?,
-        };
-        Ok((attributes::from_statx(&stat), TIMEOUT))
-    }
-
-    fn setattr(
-        &self,
-        context: &Context,
-        inode_id: u64,
-        attributes: stat64,
-        handle_id: Option<u64>,
-        valid: SetattrValid,
-    ) -> io::Result<(stat64, Duration)> {
-        let inode = self.inodes.get(inode_id)?;
-        let handle = handle_id.map(|handle| self.handles.get(handle, inode_id)).transpose()?;
-        if valid.contains(SetattrValid::MODE) {
-            attributes::set_mode(&self.descriptors, &*inode, attributes.st_mode)?;
-        }
-        if valid.intersects(SetattrValid::UID | SetattrValid::GID) {
-            let uid = valid.contains(SetattrValid::UID).then_some(attributes.st_uid);
-            let gid = valid.contains(SetattrValid::GID).then_some(attributes.st_gid);
-            attributes::set_owner(&*inode, uid, gid)?;
-        }
-        if valid.contains(SetattrValid::SIZE) {
-            let kill_privileges = valid.contains(SetattrValid::KILL_SUIDGID);
-            self.setattr_size(&inode, handle.as_deref(), attributes.st_size, kill_privileges)?;
-        }
-        if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
-            attributes::set_times(&self.descriptors, &*inode, &attributes, valid)?;
-        }
-        self.getattr(context, inode_id, handle_id)
-    }
-
-    fn readlink(&self, _context: &Context, inode: u64) -> io::Result<Vec<u8>> {
-        let inode = self.inodes.get(inode)?;
-        Ok(readlinkat(&*inode, c"", Vec::new())?.into_bytes())
-    }
-
-    fn symlink(&self, _context: &Context, target: &CStr, parent: u64, name: &CStr) -> io::Result<Entry> {
-        self.make(parent, name, 0, |parent| symlinkat(target, parent, name))
-    }
-
-    fn mknod(
-        &self,
-        _context: &Context,
-        parent: u64,
-        name: &CStr,
-        mode: u32,
-        device: u32,
-        umask: u32,
-    ) -> io::Result<Entry> {
-        let kind = FileType::from_raw_mode(mode);
-        let mode = Mode::from_raw_mode(mode);
-        self.make(parent, name, umask, |parent| mknodat(parent, name, kind, mode, Dev::from(device)))
-    }
-
-    fn mkdir(
-        &self,
-        _context: &Context,
-        parent: u64,
-        name: &CStr,
-        mode: u32,
-        umask: u32,
-    ) -> io::Result<Entry> {
-        let mode = Mode::from_raw_mode(mode);
-        self.make(parent, name, umask, |parent| mkdirat(parent, name, mode))
-    }
-
-    fn link(&self, _context: &Context, inode: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
-        let inode = self.inodes.get(inode)?;
-        // Through /proc, since AT_EMPTY_PATH takes CAP_DAC_READ_SEARCH in the initial user namespace. The last step
-        // leads to the inode itself, also if that is a symbolic link.
-        let (from, flags) = (DecInt::from_fd(&*inode), AtFlags::SYMLINK_FOLLOW);
-        self.make(parent, name, 0, |parent| linkat(&self.descriptors, from, parent, name, flags))
-    }
-
-    fn unlink(&self, _context: &Context, parent: u64, name: &CStr) -> io::Result<()> {
-        check_name(name)?;
-        Ok(unlinkat(&*self.inodes.get(parent)?, name, AtFlags::empty())?)
-    }
-
-    fn rmdir(&self, _context: &Context, parent: u64, name: &CStr) -> io::Result<()> {
-        check_name(name)?;
-        Ok(unlinkat(&*self.inodes.get(parent)?, name, AtFlags::REMOVEDIR)?)
-    }
-
-    fn rename(
-        &self,
-        _context: &Context,
-        old_parent: u64,
-        old_name: &CStr,
-        new_parent: u64,
-        new_name: &CStr,
-        flags: u32,
-    ) -> io::Result<()> {
-        check_name(old_name)?;
-        check_name(new_name)?;
-        let old_parent = self.inodes.get(old_parent)?;
-        let new_parent = self.inodes.get(new_parent)?;
-        let flags = RenameFlags::from_bits_retain(flags);
-        Ok(renameat_with(&*old_parent, old_name, &*new_parent, new_name, flags)?)
-    }
-
-    fn open(
-        &self,
-        _context: &Context,
-        inode: u64,
-        flags: u32,
-        fuse_flags: u32,
-    ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
-        let inode = self.inodes.get(inode)?;
-        let flags = OFlags::from_bits_retain(flags) & OPEN_FLAGS;
-        let kill_privileges = fuse_flags & FOPEN_IN_KILL_SUIDGID != 0;
-        let file = {
-            let _without = kill_privileges.then(WithoutFsetid::new).transpose()?;
-            self.open_file(&inode, flags)?
-        };
-        let (handle, options) = self.add_handle(&inode, self.budget.charge(file)?, flags)?;
-        Ok((Some(handle), options, None))
-    }
-
-    fn create(
-        &self,
-        context: &Context,
-        parent_id: u64,
-        name: &CStr,
-        arguments: CreateIn,
-    ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
-        check_name(name)?;
-        let parent = self.inodes.get(parent_id)?;
-        let flags = OFlags::from_bits_retain(arguments.flags) & OPEN_FLAGS;
-        let created = {
-            let _umask = ScopedUmask::new(arguments.umask);
-            // Exclusively, so that what is opened here is a new regular file and nothing else.
-            let flags = flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            openat(&*parent, name, flags, Mode::from_raw_mode(arguments.mode))
-        };
-        let file = match created {
-            Ok(file) => self.budget.charge(file)?,
-            Err(Errno::EXIST) if !OFlags::from_bits_retain(arguments.flags).contains(OFlags::EXCL) => {
-                let entry = self.find(&parent, name)?;
-                let opened = self.open(context, entry.inode, arguments.flags, arguments.fuse_flags);
-                let (handle, options, _) = opened.inspect_err(|_| self.inodes.forget(entry.inode, 1))?;
-                return Ok((entry, handle, options, None));
-            }
-            Err(error) => return Err(error.into()),
-        };
-        // From the new file, not by its name, which may be another's by now.
-        let entry = self.entry(&parent, self.reopen(&file, OFlags::PATH)?)?;
-        let opened = self.inodes.get(entry.inode).and_then(|inode| self.add_handle(&inode, file, flags));
-        let (handle, options) = opened.inspect_err(|_| self.inodes.forget(entry.inode, 1))?;
-        Ok((entry, Some(handle), options, None))
-    }
-
-    fn read(
-        &self,
-        _context: &Context,
-        inode: u64,
-        handle: u64,
-        target: &mut dyn ZeroCopyWriter,
-        size: u32,
-        offset: u64,
-        _lock_owner: Option<u64>,
-        _flags: u32,
-    ) -> io::Result<usize> {
-        let handle = self.handles.get(handle, inode)?;
-        let size = usize::try_from(size).map_err(|_| Errno::INVAL)?;
-        target.write_from(&mut GuestIo::new(&*handle), size, offset)
-    }
-
-    fn write(
-        &self,
-        _context: &Context,
-        inode: u64,
-        handle: u64,
-        source: &mut dyn ZeroCopyReader,
-        size: u32,
-        offset: u64,
-        _lock_owner: Option<u64>,
-        from_page_cache: bool,
-        flags: u32,
-        fuse_flags: u32,
-    ) -> io::Result<usize> {
-        let handle = self.handles.get(handle, inode)?;
-        let size = usize::try_from(size).map_err(|_| Errno::INVAL)?;
-        let kill_privileges = fuse_flags & WRITE_KILL_PRIV != 0;
-        let _without = kill_privileges.then(WithoutFsetid::new).transpose()?;
-        // The driver's idea of where the file ends may be old; but a mapped page has its place.
-        let append = OFlags::from_bits_retain(flags).contains(OFlags::APPEND) && !from_page_cache;
-        source.read_to(&mut GuestIo::new(&*handle).appending(append), size, offset)
-    }
-
-    fn release(
-        &self,
-        _context: &Context,
-        inode: u64,
-        _flags: u32,
-        handle: u64,
-        _flush: bool,
-        _flock_release: bool,
-        _lock_owner: Option<u64>,
-    ) -> io::Result<()> {
-        self.handles.remove(handle, inode)
-    }
-
-    fn flush(&self, _context: &Context, inode: u64, handle: u64, _lock_owner: u64) -> io::Result<()> {
-        let handle = self.handles.get(handle, inode)?;
-        // A network file system writes back when any descriptor of a file is closed, and tells whether that went well.
-        let duplicate = rustix::io::fcntl_dupfd_cloexec(&*handle, 0)?;
-        Ok(nix::unistd::close(duplicate)?)
-    }
-
-    fn fsync(&self, _context: &Context, inode: u64, data_only: bool, handle: u64) -> io::Result<()> {
-        let handle = self.handles.get(handle, inode)?;
-        match data_only {
-            true => rustix::fs::fdatasync(&*handle)?,
-            false => rustix::fs::fsync(&*handle)?,
-        }
-        Ok(())
-    }
-
-    fn fallocate(
-        &self,
-        _context: &Context,
-        inode: u64,
-        handle: u64,
-        mode: u32,
-        offset: u64,
-        length: u64,
-    ) -> io::Result<()> {
-        let handle = self.handles.get(handle, inode)?;
-        let mode = FallocateFlags::from_bits_retain(mode);
-        Ok(rustix::fs::fallocate(&*handle, mode, offset, length)?)
-    }
-
-    fn lseek(
-        &self,
-        _context: &Context,
-        inode: u64,
-        handle: u64,
-        offset: u64,
-        whence: u32,
-    ) -> io::Result<u64> {
-        let handle = self.handles.get(handle, inode)?;
-        let _position = lock(&handle.position);
-        // The driver answers the others itself.
-        let position = match i32::try_from(whence) {
-            Ok(libc::SEEK_DATA) => SeekFrom::Data(offset),
-            Ok(libc::SEEK_HOLE) => SeekFrom::Hole(offset),
-            _ => return Err(Errno::INVAL.into()),
-        };
-        Ok(seek(&*handle, position)?)
-    }
-
-    fn statfs(&self, _context: &Context, inode: u64) -> io::Result<statvfs64> {
-        raw::statvfs(self.inodes.get(inode)?.as_fd())
-    }
-
-    fn opendir(&self, _context: &Context, inode: u64, _flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {
-        let inode = self.inodes.get(inode)?;
-        let file = self.reopen(&*inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        let handle = self.handles.insert(inode.id, self.budget.charge(file)?);
-        Ok((Some(handle), OpenOptions::empty()))
-    }
-
-    fn readdir(
-        &self,
-        _context: &Context,
-        inode: u64,
-        handle: u64,
-        _size: u32,
-        offset: u64,
-        add: &mut dyn FnMut(DirEntry<'_>) -> io::Result<usize>,
-    ) -> io::Result<()> {
-        self.read_directory(inode, handle, offset, &mut |entry| add(directory_entry(entry)))
-    }
-
-    fn readdirplus(
-        &self,
-        _context: &Context,
-        inode: u64,
-        handle: u64,
-        _size: u32,
-        offset: u64,
-        add: &mut dyn FnMut(DirEntry<'_>, Entry) -> io::Result<usize>,
-    ) -> io::Result<()> {
-        let parent = self.inodes.get(inode)?;
-        self.read_directory(inode, handle, offset, &mut |entry| {
-            // An entry that is gone by now, or for which there is no descriptor left, is told without an inode:
-            // the driver looks it up when it needs to.
-            let found = match entry.file_name().to_bytes() {
-                b"." | b".." => None,
-                _ => self.find(&parent, entry.file_name()).ok(),
-            };
-            let found = found.unwrap_or_default();
-            let added = add(directory_entry(entry), found);
-            if !matches!(added, Ok(size) if size > 0) {
-                self.inodes.forget(found.inode, 1);
-            }
-            added
-        })
-    }
-
-    fn releasedir(&self, _context: &Context, inode: u64, _flags: u32, handle: u64) -> io::Result<()> {
-        self.handles.remove(handle, inode)
-    }
-
-    fn fsyncdir(&self, context: &Context, inode: u64, data_only: bool, handle: u64) -> io::Result<()> {
-        self.fsync(context, inode, data_only, handle)
-    }
-
-    fn setxattr(
-        &self,
-        context: &Context,
-        inode: u64,
-        name: &CStr,
-        value: &[u8],
-        flags: u32,
-    ) -> io::Result<()> {
-        check_writable_xattr(name)?;
-        let inode = self.inodes.get(inode)?;
-        // Whoever sets an access list without being in the file's group loses set-group-id (posix_acl_update_mode
-        // of the kernel): the host's kernel judges by the requester's own ids.
-        let judged = name == c"system.posix_acl_access" && context.uid != 0;
-        let _without = judged.then(WithoutFsetid::new).transpose()?;
-        let flags = XattrFlags::from_bits_retain(flags);
-        Ok(rustix::fs::setxattr(Self::xattr_path(&inode), name, value, flags)?)
-    }
-
-    fn getxattr(&self, _context: &Context, inode: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
-        let inode = self.inodes.get(inode)?;
-        let mut value = vec![0; xattr_capacity(size)];
-        let length = rustix::fs::getxattr(Self::xattr_path(&inode), name, &mut value[..])?;
-        Ok(match size {
-            0 => GetxattrReply::Count(u32::try_from(length).map_err(|_| Errno::OVERFLOW)?),
-            _ => {
-                value.truncate(length);
-                GetxattrReply::Value(value)
-            }
-        })
-    }
-
-    fn listxattr(&self, _context: &Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
-        let inode = self.inodes.get(inode)?;
-        let mut names = vec![0; xattr_capacity(size)];
-        let length = rustix::fs::listxattr(Self::xattr_path(&inode), &mut names[..])?;
-        Ok(match size {
-            0 => ListxattrReply::Count(u32::try_from(length).map_err(|_| Errno::OVERFLOW)?),
-            _ => {
-                names.truncate(length);
-                ListxattrReply::Names(names)
-            }
-        })
-    }
-
-    fn removexattr(&self, _context: &Context, inode: u64, name: &CStr) -> io::Result<()> {
-        check_writable_xattr(name)?;
-        let inode = self.inodes.get(inode)?;
-        Ok(rustix::fs::removexattr(Self::xattr_path(&inode), name)?)
-    }
 }
 
 /// Type, attributes and mount of an open file.
-fn stat(file: &impl AsFd) -> io::Result<Statx> {
+pub(super) fn stat(file: &impl AsFd) -> io::Result<Statx> {
     let wanted = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
     Ok(statx(file, c"", AtFlags::EMPTY_PATH, wanted)?)
 }
 
 /// Refuses what is no name of something in a directory. A NUL cannot be in a [`CStr`].
-fn check_name(name: &CStr) -> io::Result<()> {
+pub(super) fn check_name(name: &CStr) -> io::Result<()> {
     match name.to_bytes() {
         b"" | b"." | b".." => Err(Errno::INVAL.into()),
         name if name.contains(&b'/') => Err(Errno::INVAL.into()),
         _ => Ok(()),
-    }
-}
-
-fn check_writable_xattr(name: &CStr) -> io::Result<()> {
-    match WRITABLE_XATTRS.iter().any(|prefix| name.to_bytes().starts_with(prefix)) {
-        true => Ok(()),
-        false => Err(Errno::OPNOTSUPP.into()),
-    }
-}
-
-/// What to reserve for an answer of at most `size` bytes.
-fn xattr_capacity(size: u32) -> usize {
-    usize::try_from(size).map_or(MAX_XATTR, |size| size.min(MAX_XATTR))
-}
-
-fn directory_entry<'a>(entry: &'a RawDirEntry<'_>) -> DirEntry<'a> {
-    DirEntry {
-        ino: entry.ino(),
-        offset: entry.next_entry_cookie(),
-        // DT_* are the type bits of a mode (include/linux/fs_types.h).
-        type_: entry.file_type().as_raw_mode() >> 12,
-        name: entry.file_name().to_bytes(),
     }
 }
