@@ -80,7 +80,7 @@ pub struct Connection {
     peer: Peer,
     /// The guest asked for a CREDIT_UPDATE.
     credit_asked: bool,
-    /// The guest was sent a CREDIT_REQUEST since it last said anything.
+    /// The guest was sent a CREDIT_REQUEST since it last granted credit.
     credit_requested: bool,
 }
 
@@ -195,7 +195,10 @@ impl Connection {
     pub fn receive(&mut self, op: Op, packet: TxPacket<'_>) -> Result<(), Violation> {
         let TxPacket { header, payload } = packet;
         self.peer.update(header.buf_alloc, header.fwd_cnt);
-        self.credit_requested = false;
+        if self.peer.space() > 0 {
+            // Not before: a guest answers at once, and would be asked again without end.
+            self.credit_requested = false;
+        }
         match (op, self.on_result.is_some()) {
             (Op::Reset, _) => self.guest_reset(),
             (Op::Response, true) if self.greeting.is_none() => self.granted_by_guest(),

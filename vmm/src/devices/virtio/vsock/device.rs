@@ -16,7 +16,7 @@ use super::packet::{Malformed, RxBuffer, TxPacket};
 use super::{OnAccept, Requests, VsockHandle, VsockState};
 use crate::devices::virtio::chain::Chain;
 use crate::devices::virtio::{
-    Activation, DeviceEvent, DeviceState, GuestMemory, Health, Interrupt, VirtioDevice,
+    Activation, DeviceEvent, DeviceState, GuestMemory, Health, Interrupt, VirtioDevice, read_config_from,
 };
 use crate::error::{Error, Result};
 use crate::event_loop::Registrar;
@@ -128,12 +128,7 @@ impl VirtioDevice for Vsock {
 
     fn read_config(&self, offset: u64, out: &mut [u8]) {
         // `struct virtio_vsock_config` is the guest's context id (virtio 1.2, 5.10.4).
-        let config = self.guest_cid.to_le_bytes();
-        let rest = usize::try_from(offset).ok().and_then(|offset| config.get(offset..));
-        let rest = rest.unwrap_or_default();
-        let len = rest.len().min(out.len());
-        out[..len].copy_from_slice(&rest[..len]);
-        out[len..].fill(0);
+        read_config_from(&self.guest_cid.to_le_bytes(), offset, out);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<()> {
@@ -403,7 +398,6 @@ impl Active {
 
 /// The head and the buffers of the next chain, no buffers if it is broken; none if the driver has provided no more,
 /// and then it kicks the queue when it does.
-#[allow(clippy::type_complexity)]
 fn next_chain<'a>(
     queue: &mut Queue,
     number: u16,

@@ -97,12 +97,6 @@ impl Muxer {
         self.next_host_port
     }
 
-    /// How many connections there are.
-    #[cfg(test)]
-    pub fn len(&self) -> usize {
-        self.connections.len()
-    }
-
     /// The host asks for a connection.
     pub fn connect(&mut self, stream: OwnedFd, guest_port: u32, on_result: OnResult) {
         if self.connections.len() >= MAX_CONNECTIONS {

@@ -158,13 +158,14 @@ fn a_guest_without_credit_stops_the_host() {
     // Says that there is still none.
     let none = Header { buf_alloc: 0, ..pair.header(Op::CreditUpdate) };
     guest.send(none, &[]);
-    assert!(guest.receive_one().is(Op::CreditRequest));
+    assert!(guest.receive().is_empty(), "it has been asked");
 
     let some = Header { buf_alloc: 3, ..pair.header(Op::CreditUpdate) };
     guest.send(some, &[]);
     let packets = guest.receive();
     assert_eq!(packets[0].payload, b"dat");
-    assert!(packets[1..].iter().all(|packet| packet.is(Op::CreditRequest)));
+    assert!(packets[1].is(Op::CreditRequest));
+    assert_eq!(packets.len(), 2);
 
     let more = Header { buf_alloc: 3, fwd_cnt: 1, ..pair.header(Op::CreditUpdate) };
     guest.send(more, &[]);
