@@ -58,11 +58,11 @@ impl<'a> Request<'a> {
     /// refused, with as many bytes as the error says.
     pub(super) fn serve(self, server: &Server<Arc<Share>>) -> Result<u32, u32> {
         let mut refusal = self.writer.clone();
-        let destroyed = self.header.opcode == Opcode::Destroy as u32
-            && refusal.available_bytes() >= size_of::<OutHeader>();
+        let has_room = refusal.available_bytes() >= size_of::<OutHeader>();
+        let destroys = self.header.opcode == Opcode::Destroy as u32;
         match server.handle_message(self.reader, self.writer.into(), None, None) {
             // fuse-backend-rs answers this request, but does not count the answer.
-            Ok(_) if destroyed => Ok(OUT_HEADER),
+            Ok(_) if destroys && has_room => Ok(OUT_HEADER),
             Ok(written) => Ok(u32::try_from(written).unwrap_or(u32::MAX)),
             Err(_) => Err(refuse(&mut refusal, self.header.unique)),
         }
@@ -71,7 +71,6 @@ impl<'a> Request<'a> {
 
 /// Answers EINVAL, if there is room for an answer.
 fn refuse(writer: &mut VirtioFsWriter<'_>, unique: u64) -> u32 {
-    const LENGTH: u32 = size_of::<OutHeader>() as u32;
     let header = OutHeader { len: OUT_HEADER, error: -libc::EINVAL, unique };
     writer.write_all(header.as_slice()).map_or(0, |()| OUT_HEADER)
 }

@@ -363,7 +363,7 @@ fn synchronisation_and_statistics() {
     for (opcode, node, fh) in [(Opcode::Fsync, node, handle), (Opcode::Fsyncdir, ROOT_ID, directory)] {
         for fsync_flags in [0, 1] {
             let fsync = FsyncIn { fh, fsync_flags, padding: 0 };
-            assert_eq!(client.call(opcode.clone(), node, &[fsync.as_slice()]), Ok(vec![]));
+            assert_eq!(client.call(opcode, node, &[fsync.as_slice()]), Ok(vec![]));
         }
     }
     let statistics: Kstatfs = object(&client.call(Opcode::Statfs, node, &[]).unwrap());
