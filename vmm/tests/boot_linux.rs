@@ -25,8 +25,9 @@ fn boot(config: VmConfig) -> Option<(Vmm, BufReader<UnixStream>)> {
     let (mut vmm, outcome) = Vmm::build(config, &kernel, &image, share.path());
     outcome.unwrap();
     vmm.request(Request::Resume, &[]).unwrap();
-    let stream = BufReader::new(UnixStream::from(vmm.accept(1024)));
-    Some((vmm, stream))
+    let stream = UnixStream::from(vmm.accept(1024));
+    stream.set_nonblocking(false).unwrap();
+    Some((vmm, BufReader::new(stream)))
 }
 
 fn boots(vcpus: u8, memory_mib: u32) {
