@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_mmio::*;
+use virtio_queue::{Queue, QueueState};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -71,7 +72,7 @@ impl Descriptor {
         Self { flags: INDIRECT, ..Self::readable(address, count * 16) }
     }
 
-    fn bytes(self) -> Vec<u8> {
+    pub(crate) fn bytes(self) -> Vec<u8> {
         let mut bytes = self.address.to_le_bytes().to_vec();
         bytes.extend(self.length.to_le_bytes());
         bytes.extend(self.flags.to_le_bytes());
@@ -180,6 +181,20 @@ impl DriverQueue {
             self.used_index = self.used_index.wrapping_add(1);
         }
         used
+    }
+
+    /// The device's half, ready, for tests without a transport.
+    pub(crate) fn device_side(&self) -> Queue {
+        Queue::try_from(QueueState {
+            max_size: self.size,
+            size: self.size,
+            ready: true,
+            desc_table: self.descriptor_table,
+            avail_ring: self.avail_ring,
+            used_ring: self.used_ring,
+            ..QueueState::default()
+        })
+        .unwrap()
     }
 
     fn restart(&mut self) {
