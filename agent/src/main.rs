@@ -1,2 +1,27 @@
-//! Placeholder until the first slice.
-fn main() {}
+//! The guest agent's program: PID 1, or its launch helper.
+
+use std::process::ExitCode;
+
+use mayu_agent::{init, launch};
+
+fn main() -> ExitCode {
+    // What the kernel does not know of its command line becomes arguments of PID 1, to be ignored.
+    if std::process::id() == 1 {
+        return init::run();
+    }
+    let mut arguments = std::env::args().skip(1);
+    match (arguments.next().as_deref(), arguments.next()) {
+        (Some(launch::HELPER_ARGUMENT), None) => launch::helper::main(),
+        (Some("--version" | "-V"), None) => {
+            println!("mayu-agent {}", env!("CARGO_PKG_VERSION"));
+            ExitCode::SUCCESS
+        }
+        _ => {
+            eprintln!(
+                "mayu-agent is the init process of mayu's virtual machines: it boots the guest it runs in, so \
+                 it starts only as PID 1. Use `mayu-agent --version` to see its version."
+            );
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! The launch helper: all calls of libcontainer, in a process of its own with a single thread.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::ExitCode;
+use std::rc::Rc;
+
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::container::{Container, ContainerStatus};
+use libcontainer::error::LibcontainerError;
+use libcontainer::syscall::syscall::SyscallType;
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{Gid, Uid, fchown};
+use oci_spec::runtime::{Process, Spec};
+
+use super::executor::ProgramExecutor;
+use super::trace::ErrorLog;
+use super::{ProcessKind, Reply, Request, receive, send};
+use crate::error::{Error, Result};
+use crate::sys;
+
+/// Serves the one request that comes through the standard input.
+pub fn main() -> ExitCode {
+    match serve() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("mayu-agent launch: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve() -> Result<()> {
+    let socket = io::stdin().as_fd().try_clone_to_owned().map_err(Error::io("take the launch socket"))?;
+    let Some((request, descriptors)) = receive::<Request>(socket.as_fd())? else { return Ok(()) };
+    report_panics(&socket)?;
+    let log = ErrorLog::install()?;
+    let (reply, terminal) = match launch(&request, descriptors) {
+        Ok((pid, terminal)) => (Reply::Launched { pid }, terminal),
+        Err(error) => (Reply::Failed(describe(&error, log)), None),
+    };
+    send(socket.as_fd(), &reply, terminal.as_slice())
+}
+
+/// Has a panic, which ends this process, answer the request.
+fn report_panics(socket: &OwnedFd) -> Result<()> {
+    let socket = socket.try_clone().map_err(Error::io("duplicate the launch socket"))?;
+    let helper = std::process::id();
+    std::panic::set_hook(Box::new(move |panic| {
+        // In a process cloned from the helper libcontainer reports the failure itself.
+        if std::process::id() == helper {
+            let _ = send(socket.as_fd(), &Reply::Failed(format!("launch helper: {panic}")), &[]);
+        }
+    }));
+    Ok(())
+}
+
+fn launch(request: &Request, mut descriptors: Vec<OwnedFd>) -> Result<(i32, Option<OwnedFd>)> {
+    // The process inherits all of these.
+    sys::restore_sigpipe().map_err(Error::system("restore SIGPIPE"))?;
+    umask(Mode::from_bits_truncate(0o022));
+
+    let mut executor = ProgramExecutor::default();
+    if let ProcessKind::Init { .. } = request.process {
+        executor.failure_pipe = descriptors.pop().map(Rc::new);
+    }
+    let process = match &request.process {
+        ProcessKind::Init { .. } => None,
+        ProcessKind::Exec { process, .. } => Some(confine_exec(request, process, &mut executor)?),
+    };
+    let console = request.console_socket.as_deref().map(Console::listen).transpose()?;
+    let mut builder = ContainerBuilder::new(request.id.clone(), SyscallType::default())
+        .with_root_path(&request.state_directory)
+        .and_then(|builder| builder.with_console_socket(request.console_socket.as_ref()).validate_id())?
+        .with_executor(executor);
+    if console.is_none() {
+        let Ok([stdin, stdout, stderr]) = <[OwnedFd; 3]>::try_from(descriptors) else {
+            return Err(Error::InvalidRequest("a launch needs three standard streams".into()));
+        };
+        builder = builder.with_stdin(stdin).with_stdout(stdout).with_stderr(stderr);
+    }
+    let pid = match &request.process {
+        ProcessKind::Init { bundle } => {
+            let container = builder.as_init(bundle).with_systemd(false).with_detach(true).build()?;
+            container.pid().ok_or_else(|| Error::Launch("the container has no process".into()))?.as_raw()
+        }
+        ProcessKind::Exec { process, sub_cgroup } => builder
+            .as_tenant()
+            .with_process(Some(process))
+            .with_sub_cgroup(sub_cgroup.clone())
+            .with_detach(true)
+            .build()?
+            .as_raw(),
+    };
+    let Some(console) = console else { return Ok((pid, None)) };
+    let user = match process {
+        Some(process) => process.user().clone(),
+        None => init_user(request)?,
+    };
+    console.receive(user.uid(), user.gid()).map(|terminal| (pid, Some(terminal)))
+}
+
+/// Prepares what libcontainer leaves out for an exec: that its container counts as running, and that the
+/// container's seccomp filter holds for it, too.
+fn confine_exec(request: &Request, process_file: &Path, executor: &mut ProgramExecutor) -> Result<Process> {
+    let directory = request.state_directory.join(&request.id);
+    let mut container = Container::load(directory)?;
+    if container.status() == ContainerStatus::Created {
+        // The agent starts the init itself and does not keep libcontainer's books.
+        container.set_status(ContainerStatus::Running).save()?;
+    }
+    let spec = Spec::load(container.bundle().join("config.json"))
+        .map_err(|error| Error::InvalidSpec(error.to_string()))?;
+    executor.seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
+
+    let text = fs::read(process_file).map_err(Error::file("read", process_file))?;
+    let mut process: Process =
+        serde_json::from_slice(&text).map_err(|error| Error::InvalidSpec(error.to_string()))?;
+    if executor.seccomp.is_some() && process.no_new_privileges() != Some(true) {
+        // Then only a privileged process may install a filter, and libcontainer would have made it drop that
+        // privilege: the executor drops the capabilities after the filter is in place.
+        executor.capabilities = process.capabilities().clone();
+        process.set_capabilities(None);
+        let text = serde_json::to_vec(&process).map_err(|error| Error::InvalidSpec(error.to_string()))?;
+        fs::write(process_file, text).map_err(Error::file("write", process_file))?;
+    }
+    Ok(process)
+}
+
+fn init_user(request: &Request) -> Result<oci_spec::runtime::User> {
+    let ProcessKind::Init { bundle } = &request.process else {
+        return Err(Error::InvalidRequest("not an init process".into()));
+    };
+    let spec =
+        Spec::load(bundle.join("config.json")).map_err(|error| Error::InvalidSpec(error.to_string()))?;
+    spec.process()
+        .as_ref()
+        .map(|process| process.user().clone())
+        .ok_or_else(|| Error::InvalidSpec("process is missing".into()))
+}
+
+/// Where libcontainer sends a terminal's master.
+struct Console {
+    listener: UnixListener,
+}
+
+impl Console {
+    fn listen(path: &Path) -> Result<Self> {
+        UnixListener::bind(path).map(|listener| Self { listener }).map_err(Error::file("listen on", path))
+    }
+
+    /// The master; the terminal is handed to the process's user, or it could not open /dev/stdout.
+    fn receive(&self, uid: u32, gid: u32) -> Result<OwnedFd> {
+        // libcontainer has connected and sent before it returned.
+        let (stream, _) = self.listener.accept().map_err(Error::io("accept the terminal"))?;
+        let mut buffer = [0; 64];
+        let (_, mut descriptors) =
+            sys::receive(stream.as_fd(), &mut buffer).map_err(Error::system("receive the terminal"))?;
+        let master = descriptors.pop().ok_or_else(|| Error::Launch("no terminal was sent".into()))?;
+        let terminal = sys::open_terminal_peer(master.as_fd()).map_err(Error::system("open the terminal"))?;
+        fchown(terminal.as_fd(), Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
+            .map_err(Error::system("give the terminal to the process's user"))?;
+        Ok(master)
+    }
+}
+
+impl From<LibcontainerError> for Error {
+    fn from(error: LibcontainerError) -> Self {
+        Self::Launch(error.to_string())
+    }
+}
+
+/// The failure in words that help: what went wrong innermost, without the stages it passed through.
+fn describe(error: &Error, log: ErrorLog) -> String {
+    let text = error.to_string();
+    // What the executor says is complete: `exec: "x": executable file not found in $PATH`.
+    if let Some(start) = text.find("exec: ") {
+        return text[start..].trim_end_matches('\0').to_owned();
+    }
+    match log.first_line() {
+        Some(line) if !text.contains(&line) => format!("{text}: {line}"),
+        _ => text,
+    }
+}

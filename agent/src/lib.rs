@@ -1,0 +1,26 @@
+//! The guest agent: PID 1 of the virtual machine, which runs the pod's containers.
+//!
+//! It serves containerd's own Task service and the small Sandbox service of [`mayu_agent_api`]. The library is
+//! the agent without its boot, so that tests can run it on a host with cgroup v2.
+
+mod cgroup;
+pub mod console;
+mod container;
+mod device_filter;
+mod error;
+mod events;
+pub mod init;
+pub mod launch;
+mod process;
+mod reaper;
+mod sandbox;
+pub mod server;
+mod spec;
+mod state;
+mod stats;
+mod stdio;
+mod streams;
+mod sys;
+mod task;
+
+pub use error::{Error, Result};

@@ -1,0 +1,103 @@
+//! The life of one process, a container's init or an exec: its states, and what each state allows.
+
+use std::fmt;
+
+/// Where a process stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Its container is being set up.
+    Creating,
+    /// Known, but not running its program yet.
+    Created,
+    /// On its way to its program.
+    Starting,
+    /// Running its program.
+    Running,
+    /// Frozen, with the rest of its container.
+    Paused,
+    /// Ended.
+    Stopped,
+    /// Being removed.
+    Deleting,
+}
+
+/// What is done to a process, or happens to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Its container has been set up.
+    FinishCreate,
+    /// The caller wants it to run.
+    Start,
+    /// It runs its program.
+    FinishStart,
+    /// The caller wants another process beside it.
+    Exec,
+    /// The caller wants it frozen.
+    Pause,
+    /// The caller wants it thawed.
+    Resume,
+    /// The caller sends a signal.
+    Kill,
+    /// The caller changes its terminal's size.
+    Resize,
+    /// The caller changes its limits or asks for figures.
+    Inspect,
+    /// It ended.
+    Exit,
+    /// The caller wants it forgotten.
+    Delete,
+    /// Forgetting it failed, and may be tried again.
+    AbandonDelete,
+}
+
+impl State {
+    /// The transition table: the state after `action`, or nothing where the action is not allowed.
+    pub fn after(self, action: Action) -> Option<Self> {
+        use Action::*;
+        use State::*;
+        match (self, action) {
+            (Creating, FinishCreate) => Some(Created),
+            (Created, Start) => Some(Starting),
+            (Starting, FinishStart) => Some(Running),
+            (Running, Pause) => Some(Paused),
+            (Paused, Resume) => Some(Running),
+            (Running, Exec) => Some(Running),
+            (Created | Starting | Running | Paused, Kill | Resize | Inspect) => Some(self),
+            (Creating | Created | Starting | Running | Paused, Exit) => Some(Stopped),
+            (Created | Stopped, Delete) => Some(Deleting),
+            (Deleting, AbandonDelete) => Some(Stopped),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Creating => "being created",
+            Self::Created => "created but not started",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopped => "stopped",
+            Self::Deleting => "being deleted",
+        })
+    }
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::FinishCreate => "create",
+            Self::Start | Self::FinishStart => "start",
+            Self::Exec => "exec in",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::Kill => "kill",
+            Self::Resize => "resize the terminal of",
+            Self::Inspect => "inspect",
+            Self::Exit => "end",
+            Self::Delete | Self::AbandonDelete => "delete",
+        })
+    }
+}
