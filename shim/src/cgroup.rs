@@ -38,7 +38,8 @@ fn scope(prefix: &str, name: &str) -> String {
 /// [`crate::Error::File`]; what was made is gone again.
 pub fn enter(directory: &Path, pid: i32) -> Result<Vec<PathBuf>> {
     let mut made = Vec::new();
-    let result = make(directory, &mut made).and_then(|()| {
+    // Another pod that ends may take a common parent away just now.
+    let result = make(directory, &mut made).or_else(|_| make(directory, &mut made)).and_then(|()| {
         let procs = directory.join("cgroup.procs");
         fs::write(&procs, pid.to_string()).map_err(file("move the VMM into", procs))
     });

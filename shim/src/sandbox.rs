@@ -1,7 +1,8 @@
 //! One pod's VM: from a spawned VMM to an agent that answers, and back to nothing.
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use mayu_agent_api::{READY_PORT, RPC_PORT, STREAM_PORT, StreamId};
@@ -21,7 +22,7 @@ use crate::console::{Console, Source};
 use crate::delete::start_time;
 use crate::error::system;
 use crate::state_dir::{Record, StateDir};
-use crate::vmm_process::{HostFiles, VmmProcess};
+use crate::vmm_process::{Building, HostFiles, Spawned, VmmProcess};
 use crate::{Error, Result};
 
 /// The guest's vsock context id. It need not differ from pod to pod: each VMM has a vsock of its own.
@@ -48,7 +49,7 @@ pub struct Sandbox {
     /// The agent inside.
     pub agent: Agent,
     vmm: VmmProcess,
-    client: VmmClient,
+    client: Arc<VmmClient>,
     cgroups: Vec<PathBuf>,
     next_stream: AtomicU64,
     condemned: watch::Sender<Option<String>>,
@@ -85,23 +86,20 @@ impl Sandbox {
     ) -> Result<(Self, Signs, AgentEvents)> {
         let files = HostFiles::open(&config.vm)?;
         let deadline = Instant::now() + config.timeouts.boot();
-        let (vmm, client, mut vmm_events) = VmmProcess::spawn(&config, &log).await?;
         let (mut console, console_writer) = Console::pipe(Source::Guest, log.clone())?;
+        let machine = machine(&config, &blueprint.id);
+        let building = Building { machine, files, share: dir.share(), console: console_writer };
+        let spawned = VmmProcess::spawn(&config, building, &log).await?;
+        let Spawned { process: vmm, client, events: mut vmm_events, built } = spawned;
         let mut cgroups = Vec::new();
-        let outcome = match enter_cgroup(&dir, vmm.pid, blueprint.cgroup.as_deref(), &mut cgroups, &log) {
-            Ok(()) => {
-                let up = async {
-                    let machine = machine(&config, &blueprint.id);
-                    VmmProcess::build(&client, machine, files, &dir.share(), console_writer).await?;
-                    bring_up(&config, &client, &mut vmm_events, &blueprint, &log).await
-                };
-                timeout_at(deadline, up).await.unwrap_or_else(|_| {
-                    let seconds = config.timeouts.boot;
-                    Err(Error::BootTimeout { seconds, console: String::new() })
-                })
-            }
-            Err(error) => Err(error),
+        let up = async {
+            enter_cgroup(&dir, vmm.pid, blueprint.cgroup.as_deref(), &mut cgroups, &log)?;
+            built.await.unwrap_or(Err(Error::Vmm(mayu_vmm_api::Error::Closed)))?;
+            bring_up(&config, &client, &mut vmm_events, &blueprint, &log).await
         };
+        let outcome = timeout_at(deadline, up).await.unwrap_or_else(|_| {
+            Err(Error::BootTimeout { seconds: config.timeouts.boot, console: String::new() })
+        });
         match outcome {
             Ok(Up { agent, agent_events, ready }) => {
                 let signs = Signs { vmm_events, ready, console };
@@ -219,11 +217,11 @@ fn machine(config: &Config, id: &str) -> VmConfig {
 fn enter_cgroup(
     dir: &StateDir,
     pid: i32,
-    path: Option<&std::path::Path>,
+    path: Option<&Path>,
     made: &mut Vec<PathBuf>,
     log: &Logger,
 ) -> Result<()> {
-    let mount = std::path::Path::new(cgroup::MOUNT);
+    let mount = Path::new(cgroup::MOUNT);
     match path {
         Some(path) if mount.join("cgroup.controllers").exists() => {
             *made = cgroup::enter(&cgroup::directory(mount, path), pid)?;

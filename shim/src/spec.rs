@@ -173,7 +173,7 @@ mod tests {
         for_guest(serde_json::from_value(spec).unwrap(), "c1", Path::new("/bundle"), &log())
     }
 
-    fn minimal(linux: serde_json::Value, mounts: serde_json::Value) -> serde_json::Value {
+    fn minimal(linux: &serde_json::Value, mounts: &serde_json::Value) -> serde_json::Value {
         json!({
             "ociVersion": "1.1.0",
             "root": {"path": "rootfs"},
@@ -185,14 +185,14 @@ mod tests {
 
     #[test]
     fn the_root_is_under_the_share_and_the_hosts_is_remembered() {
-        let guest = rewrite(minimal(json!({}), json!([]))).unwrap();
+        let guest = rewrite(minimal(&json!({}), &json!([]))).unwrap();
         assert_eq!(guest.spec.root().as_ref().unwrap().path(), Path::new("/run/mayu/share/c1/rootfs"));
         assert_eq!(guest.root, Path::new("/bundle/rootfs"));
     }
 
     #[test]
     fn an_absolute_root_stays_absolute() {
-        let mut spec = minimal(json!({}), json!([]));
+        let mut spec = minimal(&json!({}), &json!([]));
         spec["root"]["path"] = json!("/srv/root");
         assert_eq!(rewrite(spec).unwrap().root, Path::new("/srv/root"));
     }
@@ -207,7 +207,7 @@ mod tests {
             {"type": "cgroup"},
             {"type": "network", "path": "/var/run/netns/cni-1"},
         ]});
-        let guest = rewrite(minimal(linux, json!([]))).unwrap();
+        let guest = rewrite(minimal(&linux, &json!([]))).unwrap();
         let namespaces = guest.spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
         let types: Vec<_> = namespaces.iter().map(|namespace| namespace.typ().to_string()).collect();
         assert_eq!(types, ["pid", "ipc", "uts", "mnt", "cgroup"]);
@@ -222,7 +222,7 @@ mod tests {
             {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]},
             {"destination": "/etc/hosts", "source": "/var/hosts", "options": ["bind", "ro"]},
         ]);
-        let guest = rewrite(minimal(json!({}), mounts)).unwrap();
+        let guest = rewrite(minimal(&json!({}), &mounts)).unwrap();
         let sources: Vec<_> =
             guest.spec.mounts().iter().flatten().map(|mount| mount.source().clone().unwrap()).collect();
         let expected = ["proc", "/run/mayu/share/c1/mounts/0", "cgroup", "/run/mayu/share/c1/mounts/1"]
@@ -243,7 +243,7 @@ mod tests {
     #[test]
     fn what_names_the_host_is_dropped() {
         let mut spec = minimal(
-            json!({
+            &json!({
                 "cgroupsPath": "/default/c1",
                 "mountLabel": "system_u",
                 "devices": [
@@ -252,7 +252,7 @@ mod tests {
                 ],
                 "resources": {"devices": [{"allow": false, "access": "rwm"}], "pids": {"limit": 7}},
             }),
-            json!([]),
+            &json!([]),
         );
         spec["hooks"] = json!({"prestart": [{"path": "/bin/hook"}]});
         spec["process"]["apparmorProfile"] = json!("docker-default");
@@ -274,7 +274,7 @@ mod tests {
     #[test]
     fn a_missing_part_is_named() {
         for part in ["root", "process", "linux"] {
-            let mut spec = minimal(json!({}), json!([]));
+            let mut spec = minimal(&json!({}), &json!([]));
             spec.as_object_mut().unwrap().remove(part);
             let error = rewrite(spec).unwrap_err();
             assert_eq!(error.to_string(), format!("OCI spec /bundle/config.json: {part} is missing"));
@@ -292,7 +292,7 @@ mod tests {
     #[test]
     fn a_container_belongs_to_the_pod_that_cri_names() {
         let bundle = tempfile::tempdir().unwrap();
-        let mut spec = minimal(json!({}), json!([]));
+        let mut spec = minimal(&json!({}), &json!([]));
         fs::write(bundle.path().join("config.json"), spec.to_string()).unwrap();
         assert_eq!(sandbox_id(bundle.path(), "c1").unwrap(), "c1");
         spec["annotations"] = json!({SANDBOX_ID: "pod"});

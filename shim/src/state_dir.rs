@@ -75,21 +75,30 @@ impl StateDir {
     /// # Errors
     /// [`Error::AlreadyExists`], or the step that failed; then [`StateDir::remove`] takes away what was made.
     pub fn create(&self) -> Result<()> {
-        let parent = self.path.parent().unwrap_or(Path::new(ROOT));
-        let mut builder = DirBuilder::new();
-        builder.recursive(true).mode(0o711).create(parent).map_err(file("create", parent))?;
-        match DirBuilder::new().mode(0o711).create(&self.path) {
-            Ok(()) => {}
+        match self.create_path() {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 let id = self.path.file_name().unwrap_or_default().to_string_lossy().into();
                 return Err(Error::AlreadyExists { kind: "sandbox", id });
             }
-            Err(error) => return Err(file("create", &self.path)(error)),
+            created => created.map_err(file("create", &self.path))?,
         }
         for path in [self.tree(), self.share()] {
             DirBuilder::new().mode(0o755).create(&path).map_err(file("create", &path))?;
         }
         self.mount_share()
+    }
+
+    fn create_path(&self) -> io::Result<()> {
+        let parent = self.path.parent().unwrap_or(Path::new(ROOT));
+        let mut attempts = 0;
+        loop {
+            DirBuilder::new().recursive(true).mode(0o711).create(parent)?;
+            match DirBuilder::new().mode(0o711).create(&self.path) {
+                // Another pod of the namespace, the last so far, has just gone and taken the parent with it.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && attempts < 16 => attempts += 1,
+                created => return created,
+            }
+        }
     }
 
     fn mount_share(&self) -> Result<()> {
@@ -132,9 +141,16 @@ impl StateDir {
     pub fn remove(&self) -> Result<()> {
         unmount_below(&self.path)?;
         match fs::remove_dir_all(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(file("remove", &self.path)(error)),
-            _ => Ok(()),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(file("remove", &self.path)(error));
+            }
+            _ => {}
         }
+        // The namespace's directory goes with its last pod; one that other pods use is not empty.
+        if let Some(parent) = self.path.parent() {
+            let _ = fs::remove_dir(parent);
+        }
+        Ok(())
     }
 }
 

@@ -3,17 +3,19 @@
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
-use mayu_vmm_api::{CONTROL_FD, Event, EventStream, VmConfig, VmmClient};
+use mayu_vmm_api::{CONTROL_FD, Event, EventStream, Request, VmConfig, VmmClient};
 use nix::libc::O_PATH;
 use nix::sys::prctl::set_child_subreaper;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use slog::{Logger, debug, o};
-use tokio::process::Command;
+use tokio::process::{Child, Command};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::config::{Config, Vm};
@@ -53,76 +55,72 @@ impl HostFiles {
                 hint,
             })
         };
+        let set_kernel = "set vm.kernel in the configuration file";
+        let set_image = "set vm.image in the configuration file";
         Ok(Self {
-            kvm: open(
-                "KVM device",
-                Path::new("/dev/kvm"),
-                true,
-                "`mayu check` tells whether this host has KVM",
-            )?,
-            kernel: open("guest kernel", &vm.kernel, false, "set vm.kernel in the configuration file")?,
-            image: open("guest image", &vm.image, false, "set vm.image in the configuration file")?,
+            kvm: open("KVM device", Path::new("/dev/kvm"), true, "`mayu check` says what this host lacks")?,
+            kernel: open("guest kernel", &vm.kernel, false, set_kernel)?,
+            image: open("guest image", &vm.image, false, set_image)?,
         })
     }
 }
 
+/// What a VMM is told to build, and the descriptors for it.
+#[derive(Debug)]
+pub struct Building {
+    /// The machine.
+    pub machine: VmConfig,
+    /// What every pod needs.
+    pub files: HostFiles,
+    /// The directory that virtio-fs serves.
+    pub share: PathBuf,
+    /// Where the guest's console goes.
+    pub console: OwnedFd,
+}
+
+/// A VMM that is building its machine.
+#[derive(Debug)]
+pub struct Spawned {
+    /// The process.
+    pub process: VmmProcess,
+    /// For asking it.
+    pub client: Arc<VmmClient>,
+    /// What it tells.
+    pub events: EventStream,
+    /// Ends when the machine is built, or with the VMM's reason why it is not.
+    pub built: JoinHandle<Result<()>>,
+}
+
 impl VmmProcess {
-    /// Spawns `mayu-vmm` and waits until it has gone into its own namespaces.
+    /// Spawns `mayu-vmm`, tells it what to build and waits until it has forked into its own namespaces.
     ///
     /// # Errors
     /// The step that failed; then there is no process.
-    pub async fn spawn(config: &Config, log: &Logger) -> Result<(Self, VmmClient, EventStream)> {
-        let (ours, theirs) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-                .map_err(system("create the VMM's control socket"))?;
+    pub async fn spawn(config: &Config, building: Building, log: &Logger) -> Result<Spawned> {
         let log = log.new(o!("program" => "mayu-vmm"));
         let (stderr_reader, stderr) = Console::pipe(Source::Vmm, log.clone())?;
-        let path = &config.vm.vmm;
-        let spawn_failed = |source| Error::Spawn { what: path.display().to_string(), source };
-        let mut command = std::process::Command::new(path);
-        command.env_clear().current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
-        command
-            .fd_mappings(vec![FdMapping { parent_fd: theirs, child_fd: CONTROL_FD }])
-            .map_err(|error| spawn_failed(std::io::Error::other(error)))?;
         // The process that is spawned forks the real one and ends; that one then is a child of the nearest
         // subreaper. Only for so long, or orphans of others would become this process's to reap.
         set_child_subreaper(true).map_err(system("become a subreaper"))?;
-        let mut child = Command::from(command).kill_on_drop(true).spawn().map_err(spawn_failed)?;
-        let (client, mut events) = VmmClient::new(ours, config.timeouts.request())?;
-        let boot = config.timeouts.boot();
-        let pid = timeout(boot, started(&mut events))
-            .await
-            .unwrap_or_else(|_| Err(failed("it did not start in time")))?;
+        let (mut child, socket) = run(&config.vm.vmm, stderr)?;
+        let (client, mut events) = VmmClient::new(socket, config.timeouts.request())?;
+        let client = Arc::new(client);
+        let mut built = tokio::spawn(build(client.clone(), building));
+        let pid = match timeout(config.timeouts.boot(), started(&mut events)).await {
+            Ok(Ok(pid)) => pid,
+            Err(_) => return Err(failed("it did not fork in time")),
+            // Where it has refused to build, its answer says more than that it ended.
+            Ok(Err(ended)) => return Err(refusal(&mut built).await.unwrap_or(ended)),
+        };
         let process = PidFd::open(pid).and_then(WatchedProcess::new).map_err(system("watch the VMM"))?;
         let process = Self { pid, process, _stderr: stderr_reader };
-        timeout(boot, child.wait())
+        timeout(config.timeouts.boot(), child.wait())
             .await
             .map_err(|_| failed("its first process does not end"))?
             .map_err(system("wait for the VMM's first process"))?;
         set_child_subreaper(false).map_err(system("stop being a subreaper"))?;
         debug!(log, "VMM started"; "pid" => pid);
-        Ok((process, client, events))
-    }
-
-    /// Has the VMM confine itself and build the machine.
-    ///
-    /// # Errors
-    /// [`Error::Vmm`] with the VMM's reason, such as a kernel file that is none.
-    pub async fn build(
-        client: &VmmClient,
-        machine: VmConfig,
-        files: HostFiles,
-        share: &Path,
-        console: OwnedFd,
-    ) -> Result<()> {
-        let share_fd = OpenOptions::new()
-            .read(true)
-            .custom_flags(O_PATH)
-            .open(share)
-            .map_err(file("open the share", share))?;
-        let fds =
-            [files.kvm.as_fd(), files.kernel.as_fd(), files.image.as_fd(), share_fd.as_fd(), console.as_fd()];
-        Ok(client.request(mayu_vmm_api::Request::Build(machine), &fds).await?)
+        Ok(Spawned { process, client, events, built })
     }
 
     /// Waits for the end of the process.
@@ -143,6 +141,40 @@ impl VmmProcess {
 impl Drop for VmmProcess {
     fn drop(&mut self) {
         self.process.process().kill();
+    }
+}
+
+/// Runs the program; gives the shim's end of its control socket.
+fn run(program: &Path, stderr: OwnedFd) -> Result<(Child, OwnedFd)> {
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(system("create the VMM's control socket"))?;
+    let spawn_failed = |source| Error::Spawn { what: program.display().to_string(), source };
+    let mut command = std::process::Command::new(program);
+    command.env_clear().current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+    command
+        .fd_mappings(vec![FdMapping { parent_fd: theirs, child_fd: CONTROL_FD }])
+        .map_err(|error| spawn_failed(std::io::Error::other(error)))?;
+    let child = Command::from(command).kill_on_drop(true).spawn().map_err(spawn_failed)?;
+    Ok((child, ours))
+}
+
+/// Has the VMM confine itself and build the machine.
+async fn build(client: Arc<VmmClient>, building: Building) -> Result<()> {
+    let Building { machine, files, share, console } = building;
+    let share = OpenOptions::new()
+        .read(true)
+        .custom_flags(O_PATH)
+        .open(&share)
+        .map_err(file("open the share", share))?;
+    let fds = [files.kvm.as_fd(), files.kernel.as_fd(), files.image.as_fd(), share.as_fd(), console.as_fd()];
+    Ok(client.request(Request::Build(machine), &fds).await?)
+}
+
+/// The VMM's reason for not building the machine, if it gave one before it ended.
+async fn refusal(built: &mut JoinHandle<Result<()>>) -> Option<Error> {
+    match built.await {
+        Ok(Err(error @ Error::Vmm(mayu_vmm_api::Error::Refused { .. }))) => Some(error),
+        _ => None,
     }
 }
 
