@@ -163,6 +163,8 @@ fn a_thousand_connects_and_closes_leave_nothing() {
         drop(pair);
         assert!(guest.receive_one().is(Op::Reset));
     }
+    let (_host, _result) = guest.request(1024);
+    assert_eq!(guest.receive_one().header.buf_alloc, 256 * 1024, "as for the first one");
     assert_eq!(guest.errors(), 0);
 }
 

@@ -148,6 +148,20 @@ fn a_guest_without_buffers_stops_the_host() {
 }
 
 #[test]
+fn a_buffer_that_is_not_needed_is_kept() {
+    let mut guest = Guest::without_buffers();
+    guest.refill = false;
+    guest.provide(3, &[HEADER_SIZE + 10]);
+    let mut pair = guest.guest_connects();
+    // Fills the second buffer, so that the device looks for more.
+    pair.host.write_all(b"0123456789").unwrap();
+    assert_eq!(guest.receive_one().payload, b"0123456789");
+
+    pair.host.write_all(b"last").unwrap();
+    assert_eq!(guest.receive_one().payload, b"last");
+}
+
+#[test]
 fn a_guest_without_credit_stops_the_host() {
     let mut guest = Guest::new();
     let mut pair = guest.guest_connects_with(0);

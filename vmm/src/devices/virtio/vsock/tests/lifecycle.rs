@@ -195,6 +195,25 @@ fn one_interrupt_for_many_packets() {
 }
 
 #[test]
+fn one_kick_is_enough_for_many_packets() {
+    let mut guest = Guest::without_buffers();
+    guest.refill = false;
+    let count = 64;
+    for guest_port in 0..count {
+        let request = header(Op::Request, guest_port, ALLOWED + 1);
+        let address = guest.driver.alloc_bytes(&request.to_bytes());
+        guest.driver.queues[TX].add(&[Descriptor::readable(address, HEADER_SIZE as u32)]);
+    }
+    guest.driver.kick(TX as u16);
+    guest.driver.run();
+    assert_eq!(guest.driver.queues[TX].used().len(), 64);
+
+    guest.provide(64, &[4096]);
+    let ports: Vec<_> = guest.receive().iter().map(|packet| packet.header.dst_port).collect();
+    assert_eq!(ports, (0..count).collect::<Vec<_>>());
+}
+
+#[test]
 fn a_stream_that_cannot_be_watched_ends_its_connection() {
     let mut guest = Guest::new();
     let result = Arc::new(Mutex::new(None));

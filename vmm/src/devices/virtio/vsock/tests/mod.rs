@@ -135,7 +135,9 @@ impl Guest {
                     self.add_buffer(chain);
                 }
             }
-            self.driver.kick(RX as u16);
+            if self.refill {
+                self.driver.kick(RX as u16);
+            }
         }
     }
 
