@@ -125,13 +125,7 @@ struct Devices<'a> {
 
 impl<'a> Devices<'a> {
     fn new(vm: &'a Vm, memory: &'a GuestMemory, events: &'a EventLoop) -> Self {
-        Self {
-            vm,
-            memory,
-            events,
-            names: Vec::new(),
-            transports: Vec::new(),
-        }
+        Self { vm, memory, events, names: Vec::new(), transports: Vec::new() }
     }
 
     /// The image comes first, since the kernel is told that the first block device is its root.
@@ -166,13 +160,8 @@ impl<'a> Devices<'a> {
             queue_events.push(event);
         }
         let registrar = self.events.registrar(FIRST_DEVICE + index as u16);
-        let transport = MmioTransport::new(
-            device,
-            self.memory.clone(),
-            Interrupt::new(line),
-            queue_events,
-            registrar,
-        );
+        let transport =
+            MmioTransport::new(device, self.memory.clone(), Interrupt::new(line), queue_events, registrar);
         self.names.push(name.into());
         self.transports.push(Arc::new(Mutex::new(transport)));
         Ok(())

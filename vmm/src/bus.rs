@@ -56,11 +56,7 @@ pub enum AfterWrite {
 impl Bus {
     /// Puts the serial port and the virtio devices, in the order of their addresses, on the bus.
     pub fn new(serial: Serial, virtio: Vec<SharedTransport>) -> Self {
-        Self {
-            serial: Mutex::new(serial),
-            i8042: Mutex::new(I8042Device::new(ResetLine::default())),
-            virtio,
-        }
+        Self { serial: Mutex::new(serial), i8042: Mutex::new(I8042Device::new(ResetLine::default())), virtio }
     }
 
     /// The serial port.
@@ -137,10 +133,7 @@ mod tests {
 
     fn bus() -> Bus {
         let (_, console) = nix::unistd::pipe().unwrap();
-        Bus::new(
-            serial(EventFd::new(libc::EFD_NONBLOCK).unwrap(), console).unwrap(),
-            vec![],
-        )
+        Bus::new(serial(EventFd::new(libc::EFD_NONBLOCK).unwrap(), console).unwrap(), vec![])
     }
 
     #[test]
@@ -172,13 +165,7 @@ mod tests {
     fn what_is_not_there_reads_as_ones_and_swallows_writes() {
         let bus = bus();
         let mut data = [0; 4];
-        for address in [
-            0,
-            layout::VIRTIO_MMIO - 1,
-            layout::VIRTIO_MMIO,
-            layout::GAP_END - 1,
-            u64::MAX,
-        ] {
+        for address in [0, layout::VIRTIO_MMIO - 1, layout::VIRTIO_MMIO, layout::GAP_END - 1, u64::MAX] {
             bus.write_memory(address, &data);
             bus.read_memory(address, &mut data);
             assert_eq!(data, [0xff; 4], "{address:#x}");

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use mayu_vmm_api::{
     CONTROL_FD, Error as ProtocolError, Event, ExitReason, Message, Reply, Request, VmConfig, receive, send,
 };
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::epoll::EventSet;
 
@@ -62,29 +62,27 @@ pub struct Control {
 }
 
 impl Control {
-    /// Takes the socket that the shim has left at [`CONTROL_FD`]. To be called once.
+    /// Takes the socket that the shim has left at [`CONTROL_FD`], and closes what else it may have left open. To be
+    /// called once, before the process opens anything.
     ///
     /// # Errors
-    /// There is none.
+    /// There is no such descriptor.
     pub fn inherit() -> Result<Self> {
         // SAFETY: only asks whether the descriptor exists.
         let borrowed = unsafe { BorrowedFd::borrow_raw(CONTROL_FD) };
-        fcntl(borrowed, FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
+        fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))
             .map_err(|errno| Error::ControlSocket(errno.into()))?;
+        // SAFETY: nothing in this process has opened any of these descriptors.
+        if unsafe { libc::close_range(CONTROL_FD as libc::c_uint + 1, libc::c_uint::MAX, 0) } != 0 {
+            return Err(Error::ControlSocket(std::io::Error::last_os_error()));
+        }
         // SAFETY: the descriptor exists, and nothing else in this process knows of it.
         Ok(Self::new(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) }))
     }
 
     fn new(socket: OwnedFd) -> Self {
         let (sender, outgoing) = mpsc::channel();
-        Self {
-            socket,
-            registrar: None,
-            waiting: VecDeque::new(),
-            outgoing,
-            sender,
-            stuck: false,
-        }
+        Self { socket, registrar: None, waiting: VecDeque::new(), outgoing, sender, stuck: false }
     }
 
     /// Waits for the machine's description, which has to be the first request, and returns the request's number.
@@ -93,26 +91,13 @@ impl Control {
     /// The shim has ended, or sends something else.
     pub fn receive_build(&self) -> Result<(u64, VmConfig, Resources)> {
         let (message, fds) = receive(&self.socket).map_err(Error::Control)?;
-        let Message::Request {
-            id,
-            body: Request::Build(config),
-        } = message
-        else {
+        let Message::Request { id, body: Request::Build(config) } = message else {
             return Err(Error::FirstRequest);
         };
-        let [kvm, kernel, image, share, console] =
-            <[OwnedFd; 5]>::try_from(fds).map_err(|fds| Error::Descriptors {
-                operation: "build the machine",
-                expected: 5,
-                received: fds.len(),
-            })?;
-        let resources = Resources {
-            kvm,
-            kernel: kernel.into(),
-            image: image.into(),
-            share,
-            console,
-        };
+        let [kvm, kernel, image, share, console] = <[OwnedFd; 5]>::try_from(fds).map_err(|fds| {
+            Error::Descriptors { operation: "build the machine", expected: 5, received: fds.len() }
+        })?;
+        let resources = Resources { kvm, kernel: kernel.into(), image: image.into(), share, console };
         Ok((id, config, resources))
     }
 
@@ -199,8 +184,9 @@ impl Control {
                 }
                 Err(error) => Err(error),
             },
-            Request::AttachBlock { slot, read_only } => only(request.name(), fds)
-                .and_then(|file| machine.attach_block(slot, file.into(), read_only)),
+            Request::AttachBlock { slot, read_only } => {
+                only(request.name(), fds).and_then(|file| machine.attach_block(slot, file.into(), read_only))
+            }
             Request::DetachBlock { slot } => machine.detach_block(slot),
             Request::Status => {
                 let body = Reply::Status(machine.status());
@@ -292,11 +278,104 @@ fn reply(id: u64, outcome: std::result::Result<(), String>) -> Message {
 
 /// The one descriptor that a request has to carry.
 fn only(operation: &'static str, fds: Vec<OwnedFd>) -> Result<OwnedFd> {
-    <[OwnedFd; 1]>::try_from(fds)
-        .map(|[fd]| fd)
-        .map_err(|fds| Error::Descriptors {
-            operation,
-            expected: 1,
-            received: fds.len(),
-        })
+    <[OwnedFd; 1]>::try_from(fds).map(|[fd]| fd).map_err(|fds| Error::Descriptors {
+        operation,
+        expected: 1,
+        received: fds.len(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mayu_vmm_api::Event::VsockAccepted;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use std::os::unix::net::UnixStream;
+
+    use crate::event_loop::{EventLoop, Ready};
+
+    /// A control socket in an event loop, and the shim's end of it.
+    fn control() -> (Control, EventLoop, OwnedFd) {
+        let (ours, shim) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        fcntl(&shim, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        let events = EventLoop::new().unwrap();
+        let mut control = Control::new(ours);
+        control.watch(events.registrar(0)).unwrap();
+        (control, events, shim)
+    }
+
+    fn stream() -> OwnedFd {
+        UnixStream::pair().unwrap().0.into()
+    }
+
+    /// Everything that has reached the shim.
+    fn received(shim: &OwnedFd) -> Vec<(Message, Vec<OwnedFd>)> {
+        std::iter::from_fn(|| receive(shim).ok()).collect()
+    }
+
+    #[test]
+    fn an_accepted_stream_goes_to_the_shim_with_its_port() {
+        let (mut control, _events, shim) = control();
+        control.acceptor()(1024, stream());
+        control.flush().unwrap();
+        let (message, fds) = received(&shim).remove(0);
+        assert_eq!(message, Message::Event { body: VsockAccepted { port: 1024 } });
+        assert_eq!(fds.len(), 1);
+    }
+
+    #[test]
+    fn a_guest_that_connects_without_end_does_not_fill_the_memory_nor_displace_answers() {
+        let (mut control, mut events, shim) = control();
+        let mut accept = control.acceptor();
+        // The socket takes some hundred packets before it is full.
+        for _ in 0..4096 {
+            accept(1024, stream());
+            control.flush().unwrap();
+        }
+        assert!(control.stuck);
+        assert_eq!(control.waiting.len(), ACCEPT_BACKLOG);
+        control.answer(7, Ok(())).unwrap();
+        assert_eq!(control.waiting.len(), ACCEPT_BACKLOG + 1);
+
+        let mut messages = Vec::new();
+        while control.stuck {
+            messages.extend(received(&shim));
+            assert!(matches!(events.wait().unwrap()[..], [Ready { owner: 0, .. }]));
+            control.flush().unwrap();
+        }
+        messages.extend(received(&shim));
+        let last = &messages.last().unwrap().0;
+        assert_eq!(*last, Message::Reply { id: 7, body: Reply::Ok });
+    }
+
+    #[test]
+    fn the_first_request_has_to_describe_the_machine_and_bring_its_descriptors() {
+        let (control, _events, shim) = control();
+        fcntl(&control.socket, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+        let config = VmConfig {
+            sandbox_id: "test".into(),
+            vcpus: 1,
+            memory_mib: 64,
+            guest_cid: 3,
+            kernel_args: String::new(),
+            host_ports: vec![],
+            uid: 1000,
+        };
+        let build = Message::Request { id: 1, body: Request::Build(config) };
+        send(&shim, &Message::Request { id: 1, body: Request::Resume }, &[]).unwrap();
+        send(&shim, &build, &[stream().as_fd()]).unwrap();
+        assert!(matches!(control.receive_build(), Err(Error::FirstRequest)));
+        assert!(matches!(control.receive_build(), Err(Error::Descriptors { received: 1, .. })));
+    }
+
+    #[test]
+    fn the_last_word_is_the_reason_and_a_shim_that_is_gone_does_not_hold_it_up() {
+        let (mut control, _events, shim) = control();
+        control.finish(ExitReason::GuestReset).unwrap();
+        let exited = Message::Event { body: Event::Exited(ExitReason::GuestReset) };
+        assert_eq!(received(&shim).remove(0).0, exited);
+        drop(shim);
+        assert!(control.finish(ExitReason::GuestReset).is_err());
+    }
 }

@@ -220,10 +220,7 @@ pub enum Error {
 impl Error {
     /// Says which operation KVM refused.
     pub fn kvm(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
-        move |source| Self::Kvm {
-            operation,
-            source: source.into(),
-        }
+        move |source| Self::Kvm { operation, source: source.into() }
     }
 
     /// Says what there is too much of.

@@ -101,12 +101,7 @@ impl Registrar {
     /// # Errors
     /// The kernel refuses.
     pub fn watch_queue(&self, queue: u16, event: &impl AsRawFd) -> Result<()> {
-        self.control(
-            ControlOperation::Add,
-            event.as_raw_fd(),
-            EventSet::IN,
-            QUEUE | u64::from(queue),
-        )
+        self.control(ControlOperation::Add, event.as_raw_fd(), EventSet::IN, QUEUE | u64::from(queue))
     }
 
     /// Has `DeviceEvent::Backend` with this token delivered while `fd` is ready for `interest`.
@@ -122,12 +117,7 @@ impl Registrar {
     /// # Errors
     /// The kernel refuses.
     pub fn change(&self, fd: &impl AsRawFd, interest: EventSet, token: u32) -> Result<()> {
-        self.control(
-            ControlOperation::Modify,
-            fd.as_raw_fd(),
-            interest,
-            u64::from(token),
-        )
+        self.control(ControlOperation::Modify, fd.as_raw_fd(), interest, u64::from(token))
     }
 
     /// Forgets `fd`. To be called before it is closed.
@@ -140,9 +130,7 @@ impl Registrar {
 
     fn control(&self, operation: ControlOperation, fd: RawFd, interest: EventSet, token: u64) -> Result<()> {
         let data = u64::from(self.owner) << OWNER_SHIFT | token;
-        self.epoll
-            .ctl(operation, fd, EpollEvent::new(interest, data))
-            .map_err(Error::EventLoop)
+        self.epoll.ctl(operation, fd, EpollEvent::new(interest, data)).map_err(Error::EventLoop)
     }
 }
 
@@ -160,10 +148,7 @@ mod tests {
         let mut events = EventLoop::new().unwrap();
         let (queue, backend) = (eventfd(), eventfd());
         events.registrar(7).watch_queue(3, &queue).unwrap();
-        events
-            .registrar(u16::MAX)
-            .watch(&backend, EventSet::IN, u32::MAX)
-            .unwrap();
+        events.registrar(u16::MAX).watch(&backend, EventSet::IN, u32::MAX).unwrap();
 
         queue.write(1).unwrap();
         let first = events.wait().unwrap();
@@ -171,17 +156,10 @@ mod tests {
         backend.write(1).unwrap();
         let second = events.wait().unwrap();
 
-        let kicked = Ready {
-            owner: 7,
-            event: DeviceEvent::Queue(3),
-        };
+        let kicked = Ready { owner: 7, event: DeviceEvent::Queue(3) };
         let readable = Ready {
             owner: u16::MAX,
-            event: DeviceEvent::Backend {
-                token: u32::MAX,
-                readable: true,
-                writable: false,
-            },
+            event: DeviceEvent::Backend { token: u32::MAX, readable: true, writable: false },
         };
         assert_eq!((first, second), (vec![kicked], vec![readable]));
     }
@@ -195,14 +173,7 @@ mod tests {
         let ready = events.wait().unwrap();
         assert!(matches!(
             ready[..],
-            [Ready {
-                event: DeviceEvent::Backend {
-                    token: 5,
-                    readable: true,
-                    ..
-                },
-                ..
-            }]
+            [Ready { event: DeviceEvent::Backend { token: 5, readable: true, .. }, .. }]
         ));
     }
 
@@ -220,14 +191,7 @@ mod tests {
         let ready = events.wait().unwrap();
         assert!(matches!(
             ready[..],
-            [Ready {
-                event: DeviceEvent::Backend {
-                    token: 2,
-                    readable: false,
-                    writable: true,
-                },
-                ..
-            }]
+            [Ready { event: DeviceEvent::Backend { token: 2, readable: false, writable: true }, .. }]
         ));
     }
 }

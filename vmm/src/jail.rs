@@ -174,12 +174,8 @@ fn serve_id_maps(mut inside: UnixStream, child: Pid) -> Result<()> {
     let written = ["uid_map", "gid_map"]
         .iter()
         .try_for_each(|map| fs::write(format!("/proc/{child}/{map}"), IDENTITY_MAP));
-    let errno = written
-        .err()
-        .map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO));
-    inside
-        .write_all(&errno.to_le_bytes())
-        .map_err(failed("answer about the id maps"))
+    let errno = written.err().map_or(0, |error| error.raw_os_error().unwrap_or(libc::EIO));
+    inside.write_all(&errno.to_le_bytes()).map_err(failed("answer about the id maps"))
 }
 
 /// Changes to `uid`, and keeps of all capabilities those that act on files.
@@ -213,25 +209,15 @@ fn become_unprivileged(uid: u32) -> Result<()> {
 }
 
 fn hold_capabilities(set: CapabilitySet) -> Result<()> {
-    let sets = CapabilitySets {
-        effective: set,
-        permitted: set,
-        inheritable: CapabilitySet::empty(),
-    };
+    let sets = CapabilitySets { effective: set, permitted: set, inheritable: CapabilitySet::empty() };
     set_capabilities(None, sets).map_err(failed("drop capabilities"))
 }
 
 /// The fs device keeps a descriptor for each file that the guest knows, and a core dump would hold the guest's memory.
 fn limit_resources() -> Result<()> {
     let most = getrlimit(Resource::Nofile).maximum;
-    let descriptors = Rlimit {
-        current: most,
-        maximum: most,
-    };
-    let nothing = Rlimit {
-        current: Some(0),
-        maximum: Some(0),
-    };
+    let descriptors = Rlimit { current: most, maximum: most };
+    let nothing = Rlimit { current: Some(0), maximum: Some(0) };
     setrlimit(Resource::Nofile, descriptors)
         .and_then(|()| setrlimit(Resource::Core, nothing))
         .map_err(failed("set its resource limits"))
@@ -250,8 +236,5 @@ fn die_with_the_shim(parent: &OwnedFd) -> Result<()> {
 }
 
 fn failed<E: Into<io::Error>>(operation: &'static str) -> impl FnOnce(E) -> Error {
-    move |source| Error::Jail {
-        operation,
-        source: source.into(),
-    }
+    move |source| Error::Jail { operation, source: source.into() }
 }

@@ -5,8 +5,8 @@
 use std::os::fd::{FromRawFd as _, IntoRawFd as _, OwnedFd};
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
-    kvm_userspace_memory_region,
+    CpuId, KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE,
+    kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address as _, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion as _};
@@ -62,13 +62,10 @@ impl Vm {
                 args: [KVM_PMU_CAP_DISABLE.into(), 0, 0, 0],
                 ..Default::default()
             };
-            fd.enable_cap(&without_counters)
-                .map_err(Error::kvm("switch performance counters off"))?;
+            fd.enable_cap(&without_counters).map_err(Error::kvm("switch performance counters off"))?;
         }
-        fd.set_tss_address(layout::KVM_TSS)
-            .map_err(Error::kvm("place its task state segment"))?;
-        fd.create_irq_chip()
-            .map_err(Error::kvm("create the interrupt controllers"))?;
+        fd.set_tss_address(layout::KVM_TSS).map_err(Error::kvm("place its task state segment"))?;
+        fd.create_irq_chip().map_err(Error::kvm("create the interrupt controllers"))?;
         Ok(Self { kvm, fd })
     }
 
@@ -98,9 +95,7 @@ impl Vm {
     /// # Errors
     /// KVM refuses.
     pub fn create_vcpu(&self, id: u8) -> Result<VcpuFd> {
-        self.fd
-            .create_vcpu(id.into())
-            .map_err(Error::kvm("create a vCPU"))
+        self.fd.create_vcpu(id.into()).map_err(Error::kvm("create a vCPU"))
     }
 
     /// Writing to `event` raises the interrupt line once.
@@ -108,9 +103,7 @@ impl Vm {
     /// # Errors
     /// KVM refuses.
     pub fn connect_interrupt(&self, event: &EventFd, gsi: u32) -> Result<()> {
-        self.fd
-            .register_irqfd(event, gsi)
-            .map_err(Error::kvm("connect an interrupt line"))
+        self.fd.register_irqfd(event, gsi).map_err(Error::kvm("connect an interrupt line"))
     }
 
     /// Has KVM write to `event` when the driver of virtio-mmio device number `index` kicks `queue`.
@@ -134,9 +127,7 @@ impl Vm {
     /// # Errors
     /// KVM refuses.
     pub fn supported_cpuid(&self) -> Result<CpuId> {
-        self.kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(Error::kvm("ask for the supported CPUID"))
+        self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("ask for the supported CPUID"))
     }
 
     /// Whether KVM emulates the local APIC's TSC-deadline timer.
@@ -149,10 +140,7 @@ impl Vm {
     /// # Errors
     /// KVM refuses.
     pub fn msrs_to_save(&self) -> Result<Vec<u32>> {
-        let list = self
-            .kvm
-            .get_msr_index_list()
-            .map_err(Error::kvm("ask for the list of MSRs"))?;
+        let list = self.kvm.get_msr_index_list().map_err(Error::kvm("ask for the list of MSRs"))?;
         Ok(list.as_slice().to_vec())
     }
 

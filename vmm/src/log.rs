@@ -23,10 +23,7 @@ struct Lines<W> {
 
 impl<W: Write> Lines<W> {
     fn new(out: W) -> Self {
-        Self {
-            out,
-            line: Vec::new(),
-        }
+        Self { out, line: Vec::new() }
     }
 }
 
@@ -61,13 +58,7 @@ pub struct RateLimit {
 impl RateLimit {
     /// `burst` events at once, one more for each `interval` that has passed.
     pub fn new(burst: u32, interval: Duration) -> Self {
-        Self {
-            burst,
-            interval,
-            tokens: burst,
-            refilled: Instant::now(),
-            suppressed: 0,
-        }
+        Self { burst, interval, tokens: burst, refilled: Instant::now(), suppressed: 0 }
     }
 
     /// Whether an event may be logged now: `Some` with how many were not since the last that was.

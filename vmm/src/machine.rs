@@ -103,10 +103,7 @@ impl Machine {
     }
 
     fn slot(&self, slot: u8) -> Result<&BlockSlot> {
-        self.slots.get(usize::from(slot)).ok_or(Error::NoSuchSlot {
-            slot,
-            slots: self.slots.len(),
-        })
+        self.slots.get(usize::from(slot)).ok_or(Error::NoSuchSlot { slot, slots: self.slots.len() })
     }
 
     /// The machine's counters.
@@ -118,12 +115,7 @@ impl Machine {
                 .entered
                 .get()
                 .map(|entered| entered.duration_since(self.started).as_micros() as u64),
-            device_errors: self
-                .names
-                .iter()
-                .cloned()
-                .zip(self.bus.virtio().iter().map(errors))
-                .collect(),
+            device_errors: self.names.iter().cloned().zip(self.bus.virtio().iter().map(errors)).collect(),
         }
     }
 

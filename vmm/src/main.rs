@@ -25,7 +25,16 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let log = log::to_stderr();
-    match run(started, &log) {
+    let machine = Control::inherit().and_then(|control| Ok((control.receive_build()?, control)));
+    let (log, outcome) = match machine {
+        Ok(((id, config, resources), control)) => {
+            let log = log.new(o!("sandbox" => config.sandbox_id.clone()));
+            let outcome = run(id, &config, resources, control, started, &log);
+            (log, outcome)
+        }
+        Err(error) => (log, Err(error)),
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!(log, "the VMM cannot go on"; "error" => %error);
@@ -34,12 +43,17 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(started: Instant, log: &Logger) -> Result<()> {
-    let mut control = Control::inherit()?;
-    let (id, config, resources) = control.receive_build()?;
-    let log = log.new(o!("sandbox" => config.sandbox_id.clone()));
+/// Builds the machine that was asked for, answers, and runs it to its end.
+fn run(
+    id: u64,
+    config: &VmConfig,
+    resources: Resources,
+    mut control: Control,
+    started: Instant,
+    log: &Logger,
+) -> Result<()> {
     let mut events = EventLoop::new()?;
-    let machine = match prepare(&config, resources, &mut control, &events, started) {
+    let machine = match prepare(config, resources, &mut control, &events, started) {
         Ok(Some(machine)) => machine,
         Ok(None) => return Ok(()),
         Err(error) => {
@@ -51,7 +65,7 @@ fn run(started: Instant, log: &Logger) -> Result<()> {
     machine.watch_exits(&events.registrar(VCPUS))?;
     control.answer(id, Ok(()))?;
     info!(log, "machine built"; "vcpus" => config.vcpus, "memory_mib" => config.memory_mib);
-    serve(machine, &mut control, &mut events, &log)
+    serve(machine, &mut control, &mut events, log)
 }
 
 /// Enters the jail and builds the machine there. `None` means that this is the process that stays outside.

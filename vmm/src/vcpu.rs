@@ -101,13 +101,7 @@ pub struct ExitReceiver {
 pub fn exit_channel() -> Result<(ExitSender, ExitReceiver)> {
     let event = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::EventFd)?);
     let (sender, reasons) = mpsc::channel();
-    Ok((
-        ExitSender {
-            reasons: sender,
-            event: event.clone(),
-        },
-        ExitReceiver { reasons, event },
-    ))
+    Ok((ExitSender { reasons: sender, event: event.clone() }, ExitReceiver { reasons, event }))
 }
 
 impl ExitSender {
@@ -202,25 +196,12 @@ impl Handle {
         let run = KvmRunWrapper::mmap_from_fd(&fd, run_size).map_err(Error::kvm("map a vCPU's kvm_run"))?;
         let (commands, received) = mpsc::channel();
         let (sender, replies) = mpsc::channel();
-        let vcpu = Vcpu {
-            id,
-            fd,
-            state: State::Created,
-            commands: received,
-            replies: sender,
-            shared,
-        };
+        let vcpu = Vcpu { id, fd, state: State::Created, commands: received, replies: sender, shared };
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{id}"))
             .spawn(move || vcpu.serve())
             .map_err(|source| Error::Thread { name: "vcpu", source })?;
-        Ok(Self {
-            id,
-            commands: Some(commands),
-            replies,
-            run,
-            thread: Some(thread),
-        })
+        Ok(Self { id, commands: Some(commands), replies, run, thread: Some(thread) })
     }
 
     fn send(&mut self, command: &Command) {
@@ -234,10 +215,9 @@ impl Handle {
     fn reply(&self) -> Result<Option<Box<VcpuState>>> {
         match self.replies.recv_timeout(DEADLINE) {
             Ok(reply) => reply,
-            Err(RecvTimeoutError::Timeout) => Err(Error::VcpuStuck {
-                id: self.id,
-                seconds: DEADLINE.as_secs(),
-            }),
+            Err(RecvTimeoutError::Timeout) => {
+                Err(Error::VcpuStuck { id: self.id, seconds: DEADLINE.as_secs() })
+            }
             Err(RecvTimeoutError::Disconnected) => Err(Error::VcpuGone { id: self.id }),
         }
     }

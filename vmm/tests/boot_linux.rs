@@ -3,8 +3,10 @@
 
 mod support;
 
+use std::fs::File;
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use mayu_vmm_api::{ExitReason, Request, VmConfig};
 use support::{Vmm, config, file_from_environment, no_kvm, skip};
@@ -22,12 +24,16 @@ fn boot(config: VmConfig) -> Option<(Vmm, BufReader<UnixStream>)> {
     };
     let share = tempfile::tempdir().unwrap();
     std::fs::write(share.path().join("hello"), "hello from the share\n").unwrap();
-    let (mut vmm, outcome) = Vmm::build(config, &kernel, &image, share.path());
+    let (mut vmm, outcome) = Vmm::build(config, &open(&kernel), &open(&image), share.path());
     outcome.unwrap();
     vmm.request(Request::Resume, &[]).unwrap();
     let stream = UnixStream::from(vmm.accept(1024));
     stream.set_nonblocking(false).unwrap();
     Some((vmm, BufReader::new(stream)))
+}
+
+fn open(path: &Path) -> File {
+    File::open(path).unwrap()
 }
 
 fn boots(vcpus: u8, memory_mib: u32) {

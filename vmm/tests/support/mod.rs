@@ -2,8 +2,10 @@
 
 #![allow(unsafe_code, dead_code)]
 
+pub mod payload;
+
 use std::fs::File;
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -13,15 +15,15 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use mayu_vmm_api::{CONTROL_FD, Event, ExitReason, Message, Reply, Request, VmConfig, receive, send};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, setsockopt, socketpair, sockopt};
 use nix::sys::time::TimeVal;
 
 /// How long the VMM may be silent. Generous: a software processor may be the one that runs it.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// Says loudly that a test did not run, and why.
+/// Says loudly that a test did not run, and why: past the test harness, which hides what a passing test prints.
 pub fn skip(reason: &str) {
-    eprintln!("\nSKIPPED: {reason}\n");
+    let _ = writeln!(std::io::stderr(), "\nSKIPPED: {reason}\n");
 }
 
 /// Why no machine can be run here, if none can.
@@ -65,12 +67,11 @@ pub struct Vmm {
 
 impl Vmm {
     /// Starts it, and has it build a machine. An error is the VMM's own.
-    pub fn build(config: VmConfig, kernel: &Path, image: &Path, share: &Path) -> (Self, Result<(), String>) {
-        let (console_reader, console) = nix::unistd::pipe().unwrap();
+    pub fn build(config: VmConfig, kernel: &File, image: &File, share: &Path) -> (Self, Result<(), String>) {
+        let (console_reader, console) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
         let mut vmm = Self::spawn(console_reader.into());
         let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
         let share = File::open(share).unwrap();
-        let (kernel, image) = (File::open(kernel).unwrap(), File::open(image).unwrap());
         let fds = [kvm.as_fd(), kernel.as_fd(), image.as_fd(), share.as_fd(), console.as_fd()];
         let id = vmm.send(Request::Build(config), &fds);
         drop(console);
@@ -154,6 +155,25 @@ impl Vmm {
         match self.wait(|message| matches!(message, Message::Event { body: Event::Exited(_) })).0 {
             Message::Event { body: Event::Exited(reason) } => reason,
             other => panic!("{other:?}"),
+        }
+    }
+
+    /// Sends bytes that need not be a message.
+    pub fn send_raw(&self, bytes: &[u8]) {
+        nix::sys::socket::send(self.socket.as_raw_fd(), bytes, MsgFlags::empty()).unwrap();
+    }
+
+    /// Closes the control socket, as a shim does that dies.
+    pub fn hang_up(self) {}
+
+    /// Waits until the process has closed its end of the control socket.
+    pub fn wait_for_end(&mut self) {
+        loop {
+            match receive(&self.socket) {
+                Ok(_) => {}
+                Err(mayu_vmm_api::Error::Closed) => return,
+                Err(error) => panic!("{error}"),
+            }
         }
     }
 

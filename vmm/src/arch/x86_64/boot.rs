@@ -2,7 +2,9 @@
 
 use kvm_ioctls::VcpuFd;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
-use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion as _};
+use vm_memory::{
+    Address as _, Bytes as _, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion as _,
+};
 
 use super::cpuid::CpuidTemplate;
 use super::{layout, mptable, registers, state};
@@ -35,20 +37,16 @@ pub fn configure_vcpu(fd: &VcpuFd, id: u8, template: &CpuidTemplate, entry: Gues
     fd.set_cpuid2(&cpuid).map_err(Error::kvm("set a vCPU's CPUID"))?;
     let msrs = registers::model_specific().map_err(Error::too_many("MSRs"))?;
     state::set_msrs(fd, &msrs)?;
-    fd.set_fpu(&registers::floating_point())
-        .map_err(Error::kvm("set a vCPU's floating point registers"))?;
+    fd.set_fpu(&registers::floating_point()).map_err(Error::kvm("set a vCPU's floating point registers"))?;
     let mut lapic = fd.get_lapic().map_err(Error::kvm("read a vCPU's local APIC"))?;
     registers::set_local_interrupts(&mut lapic);
-    fd.set_lapic(&lapic)
-        .map_err(Error::kvm("set a vCPU's local APIC"))?;
+    fd.set_lapic(&lapic).map_err(Error::kvm("set a vCPU's local APIC"))?;
     if id != 0 {
         return Ok(());
     }
     let sregs = fd.get_sregs().map_err(Error::kvm("read a vCPU's special registers"))?;
-    fd.set_sregs(&registers::special(sregs))
-        .map_err(Error::kvm("set a vCPU's special registers"))?;
-    fd.set_regs(&registers::general(entry))
-        .map_err(Error::kvm("set a vCPU's registers"))
+    fd.set_sregs(&registers::special(sregs)).map_err(Error::kvm("set a vCPU's special registers"))?;
+    fd.set_regs(&registers::general(entry)).map_err(Error::kvm("set a vCPU's registers"))
 }
 
 fn boot_parameters(memory: &GuestMemoryMmap, command_line_size: usize) -> boot_params {
@@ -99,10 +97,8 @@ mod tests {
             (GuestAddress(layout::GAP_END), 1 << 20),
         ])
         .unwrap();
-        let map: Vec<_> = e820(&memory)
-            .iter()
-            .map(|entry| ({ entry.addr }, { entry.size }, { entry.type_ }))
-            .collect();
+        let map: Vec<_> =
+            e820(&memory).iter().map(|entry| ({ entry.addr }, { entry.size }, { entry.type_ })).collect();
         assert_eq!(
             map,
             [

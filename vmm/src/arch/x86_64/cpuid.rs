@@ -149,14 +149,7 @@ mod tests {
     use super::*;
 
     fn entry(function: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
-        kvm_cpuid_entry2 {
-            function,
-            eax,
-            ebx,
-            ecx,
-            edx,
-            ..Default::default()
-        }
+        kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() }
     }
 
     fn template(entries: &[kvm_cpuid_entry2], vcpus: u8) -> CpuidTemplate {
@@ -164,18 +157,12 @@ mod tests {
     }
 
     fn find(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
-        *cpuid
-            .as_slice()
-            .iter()
-            .find(|entry| entry.function == function && entry.index == index)
-            .unwrap()
+        *cpuid.as_slice().iter().find(|entry| entry.function == function && entry.index == index).unwrap()
     }
 
     #[test]
     fn the_guest_sees_a_hypervisor_and_a_deadline_timer_and_no_vmx_or_monitor() {
-        let cpuid = template(&[entry(1, [0, 0, u32::MAX & !(1 << 31), 0])], 1)
-            .for_vcpu(0)
-            .unwrap();
+        let cpuid = template(&[entry(1, [0, 0, u32::MAX & !(1 << 31), 0])], 1).for_vcpu(0).unwrap();
         let ecx = find(&cpuid, 1, 0).ecx;
         assert_eq!(ecx & HIDDEN_FEATURES, 0);
         assert_eq!(ecx & FEATURE_HYPERVISOR, FEATURE_HYPERVISOR);
@@ -218,19 +205,12 @@ mod tests {
 
     #[test]
     fn the_host_s_own_topology_does_not_show() {
-        let cpuid = template(
-            &[
-                entry(leaf::TOPOLOGY, [5, 5, 5, 5]),
-                entry(leaf::TOPOLOGY_V2, [5, 5, 5, 5]),
-            ],
-            1,
-        )
-        .for_vcpu(0)
-        .unwrap();
-        let levels = cpuid
-            .as_slice()
-            .iter()
-            .filter(|entry| entry.eax == 5 || entry.function == leaf::TOPOLOGY_V2);
+        let cpuid =
+            template(&[entry(leaf::TOPOLOGY, [5, 5, 5, 5]), entry(leaf::TOPOLOGY_V2, [5, 5, 5, 5])], 1)
+                .for_vcpu(0)
+                .unwrap();
+        let levels =
+            cpuid.as_slice().iter().filter(|entry| entry.eax == 5 || entry.function == leaf::TOPOLOGY_V2);
         assert_eq!(levels.count(), 0);
     }
 

@@ -3,13 +3,8 @@
 use kvm_bindings::kvm_segment;
 
 /// The boot GDT: 64-bit code at the selector `__BOOT_CS` (0x10), flat data at `__BOOT_DS` (0x18), task state.
-pub(super) const TABLE: [u64; 5] = [
-    0,
-    0,
-    descriptor(0xa09b, 0, 0xf_ffff),
-    descriptor(0xc093, 0, 0xf_ffff),
-    descriptor(0x808b, 0, 0xf_ffff),
-];
+pub(super) const TABLE: [u64; 5] =
+    [0, 0, descriptor(0xa09b, 0, 0xf_ffff), descriptor(0xc093, 0, 0xf_ffff), descriptor(0x808b, 0, 0xf_ffff)];
 
 /// Code segment: present, accessed, execute and read, long mode.
 pub(super) const CODE: u16 = 2;

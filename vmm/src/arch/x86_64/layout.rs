@@ -95,10 +95,7 @@ pub fn ram_ranges(size: u64) -> Vec<(GuestAddress, u64)> {
     if size <= GAP_START {
         vec![(GuestAddress(0), size)]
     } else {
-        vec![
-            (GuestAddress(0), GAP_START),
-            (GuestAddress(GAP_END), size - GAP_START),
-        ]
+        vec![(GuestAddress(0), GAP_START), (GuestAddress(GAP_END), size - GAP_START)]
     }
 }
 
@@ -114,10 +111,7 @@ mod tests {
     #[test]
     fn ram_goes_on_beyond_the_gap() {
         let ranges = ram_ranges(GAP_START + 4096);
-        assert_eq!(
-            ranges,
-            [(GuestAddress(0), GAP_START), (GuestAddress(GAP_END), 4096)]
-        );
+        assert_eq!(ranges, [(GuestAddress(0), GAP_START), (GuestAddress(GAP_END), 4096)]);
     }
 
     #[test]

@@ -62,16 +62,7 @@ fn configuration_table(vcpus: u8) -> Vec<u8> {
     let address = layout::IOAPIC.to_le_bytes();
     entries.push([&[ENTRY_IOAPIC, ioapic, IOAPIC_VERSION, ENABLED][..], &address].concat());
     for line in 0..=layout::LAST_GSI as u8 {
-        entries.push(vec![
-            ENTRY_IO_INTERRUPT,
-            INTERRUPT_VECTORED,
-            0,
-            0,
-            0,
-            line,
-            ioapic,
-            line,
-        ]);
+        entries.push(vec![ENTRY_IO_INTERRUPT, INTERRUPT_VECTORED, 0, 0, 0, line, ioapic, line]);
     }
     // The first to pin 0 of the boot processor's APIC, the second to pin 1 of all.
     entries.push(vec![ENTRY_LOCAL_INTERRUPT, INTERRUPT_EXTERNAL, 0, 0, 0, 0, 0, 0]);
@@ -140,10 +131,7 @@ mod tests {
             let table = configuration_table(vcpus);
             assert_eq!(sum(&table), 0);
             assert_eq!(usize::from(u16::from_le_bytes([table[4], table[5]])), table.len());
-            assert_eq!(
-                usize::from(u16::from_le_bytes([table[34], table[35]])),
-                entries(&table).len()
-            );
+            assert_eq!(usize::from(u16::from_le_bytes([table[34], table[35]])), entries(&table).len());
         }
         let pointer = floating_pointer(0x9_fc10);
         assert_eq!((sum(&pointer), pointer.len() as u64), (0, POINTER_LENGTH));
@@ -183,9 +171,7 @@ mod tests {
         write(&memory, 1).unwrap();
         let mut signature = [0; 4];
         let address: u32 = memory.read_obj(GuestAddress(layout::MP_TABLE.0 + 4)).unwrap();
-        memory
-            .read_slice(&mut signature, GuestAddress(u64::from(address)))
-            .unwrap();
+        memory.read_slice(&mut signature, GuestAddress(u64::from(address))).unwrap();
         assert_eq!(&signature, b"PCMP");
     }
 }

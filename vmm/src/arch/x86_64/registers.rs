@@ -1,8 +1,6 @@
 //! The registers that a vCPU starts with.
 
-use kvm_bindings::{
-    Msrs, kvm_dtable, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-};
+use kvm_bindings::{Msrs, kvm_dtable, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs};
 use vm_memory::{Address as _, Bytes as _, GuestAddress, GuestMemoryMmap};
 
 use super::{gdt, layout};
@@ -72,10 +70,7 @@ pub(super) fn write_tables(memory: &GuestMemoryMmap) -> Result<(), vm_memory::Gu
     memory.write_obj(gdt::TABLE, layout::BOOT_GDT)?;
     memory.write_obj(0u64, layout::BOOT_IDT)?;
     memory.write_obj(layout::PDPT.raw_value() | PAGE_PRESENT_WRITABLE, layout::PML4)?;
-    memory.write_obj(
-        layout::PAGE_DIRECTORY.raw_value() | PAGE_PRESENT_WRITABLE,
-        layout::PDPT,
-    )?;
+    memory.write_obj(layout::PAGE_DIRECTORY.raw_value() | PAGE_PRESENT_WRITABLE, layout::PDPT)?;
     let directory: [u64; 512] =
         std::array::from_fn(|page| (page as u64) << 21 | PAGE_PRESENT_WRITABLE | PAGE_2_MIB);
     for (entry, page) in directory.iter().zip(0u64..) {
@@ -86,20 +81,12 @@ pub(super) fn write_tables(memory: &GuestMemoryMmap) -> Result<(), vm_memory::Gu
 
 /// The x87 and SSE state after reset, as the ABI expects it.
 pub(super) fn floating_point() -> kvm_fpu {
-    kvm_fpu {
-        fcw: 0x37f,
-        mxcsr: 0x1f80,
-        ..Default::default()
-    }
+    kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() }
 }
 
 /// Model-specific registers that do not start as zero, and the time stamp counter.
 pub(super) fn model_specific() -> Result<Msrs, vmm_sys_util::fam::Error> {
-    let entry = |index, data| kvm_msr_entry {
-        index,
-        data,
-        ..Default::default()
-    };
+    let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
     Msrs::from_entries(&[
         entry(MSR_IA32_TSC, 0),
         // Fast string operations.
@@ -111,10 +98,7 @@ pub(super) fn model_specific() -> Result<Msrs, vmm_sys_util::fam::Error> {
 
 /// Routes the legacy interrupt controller to LINT0 and NMI to LINT1, as the MP table says.
 pub(super) fn set_local_interrupts(lapic: &mut kvm_lapic_state) {
-    for (register, mode) in [
-        (APIC_LVT_LINT0, APIC_MODE_EXTERNAL),
-        (APIC_LVT_LINT1, APIC_MODE_NMI),
-    ] {
+    for (register, mode) in [(APIC_LVT_LINT0, APIC_MODE_EXTERNAL), (APIC_LVT_LINT1, APIC_MODE_NMI)] {
         for (byte, value) in lapic.regs[register..].iter_mut().zip(mode.to_le_bytes()) {
             *byte = value.cast_signed();
         }
@@ -134,9 +118,7 @@ mod tests {
         let address: u64 = (1 << 30) - 1;
         let pdpt: u64 = memory.read_obj(GuestAddress(special(kvm_sregs::default()).cr3)).unwrap();
         let directory: u64 = memory.read_obj(GuestAddress(pdpt & !0xfff)).unwrap();
-        let page: u64 = memory
-            .read_obj(GuestAddress((directory & !0xfff) + (address >> 21) * 8))
-            .unwrap();
+        let page: u64 = memory.read_obj(GuestAddress((directory & !0xfff) + (address >> 21) * 8)).unwrap();
 
         assert_eq!(page & PAGE_2_MIB, PAGE_2_MIB);
         assert_eq!((page & !0x1f_ffff) | (address & 0x1f_ffff), address);
@@ -151,11 +133,7 @@ mod tests {
 
     #[test]
     fn what_kvm_set_in_the_special_registers_stays() {
-        let sregs = special(kvm_sregs {
-            apic_base: 0xfee0_0900,
-            cr0: 0x10,
-            ..Default::default()
-        });
+        let sregs = special(kvm_sregs { apic_base: 0xfee0_0900, cr0: 0x10, ..Default::default() });
         assert_eq!((sregs.apic_base, sregs.cr0), (0xfee0_0900, 0x8000_0011));
     }
 }

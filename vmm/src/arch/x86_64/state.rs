@@ -38,22 +38,16 @@ impl VcpuState {
         let mp_state = fd.get_mp_state().map_err(Error::kvm("read a vCPU's run state"))?;
         Ok(Self {
             mp_state,
-            cpuid: fd
-                .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
-                .map_err(Error::kvm("read a vCPU's CPUID"))?,
+            cpuid: fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(Error::kvm("read a vCPU's CPUID"))?,
             tsc_khz: fd.get_tsc_khz().map_err(Error::kvm("read a vCPU's TSC frequency"))?,
             regs: fd.get_regs().map_err(Error::kvm("read a vCPU's registers"))?,
             sregs: fd.get_sregs().map_err(Error::kvm("read a vCPU's special registers"))?,
             xsave: fd.get_xsave().map_err(Error::kvm("read a vCPU's extended state"))?,
             xcrs: fd.get_xcrs().map_err(Error::kvm("read a vCPU's XCRs"))?,
-            debug_regs: fd
-                .get_debug_regs()
-                .map_err(Error::kvm("read a vCPU's debug registers"))?,
+            debug_regs: fd.get_debug_regs().map_err(Error::kvm("read a vCPU's debug registers"))?,
             lapic: fd.get_lapic().map_err(Error::kvm("read a vCPU's local APIC"))?,
             msrs: read_msrs(fd, msrs)?,
-            events: fd
-                .get_vcpu_events()
-                .map_err(Error::kvm("read a vCPU's pending events"))?,
+            events: fd.get_vcpu_events().map_err(Error::kvm("read a vCPU's pending events"))?,
         })
     }
 
@@ -64,30 +58,22 @@ impl VcpuState {
     pub fn restore(&self, fd: &VcpuFd) -> Result<()> {
         // The order matters: CPUID says which registers there are, the special registers hold the APIC's base and
         // mode, the deadline timer's MSR needs the APIC, and the last of all puts events on top.
-        fd.set_cpuid2(&self.cpuid)
-            .map_err(Error::kvm("set a vCPU's CPUID"))?;
+        fd.set_cpuid2(&self.cpuid).map_err(Error::kvm("set a vCPU's CPUID"))?;
         if fd.get_tsc_khz().ok() != Some(self.tsc_khz) {
-            fd.set_tsc_khz(self.tsc_khz)
-                .map_err(Error::kvm("set a vCPU's TSC frequency"))?;
+            fd.set_tsc_khz(self.tsc_khz).map_err(Error::kvm("set a vCPU's TSC frequency"))?;
         }
-        fd.set_mp_state(self.mp_state)
-            .map_err(Error::kvm("set a vCPU's run state"))?;
-        fd.set_regs(&self.regs)
-            .map_err(Error::kvm("set a vCPU's registers"))?;
-        fd.set_sregs(&self.sregs)
-            .map_err(Error::kvm("set a vCPU's special registers"))?;
+        fd.set_mp_state(self.mp_state).map_err(Error::kvm("set a vCPU's run state"))?;
+        fd.set_regs(&self.regs).map_err(Error::kvm("set a vCPU's registers"))?;
+        fd.set_sregs(&self.sregs).map_err(Error::kvm("set a vCPU's special registers"))?;
         // SAFETY: no feature whose state exceeds 4 KiB is enabled: such features (AMX) need a permission that this
         // process never asks for, so KVM reads no further than the structure.
         unsafe { fd.set_xsave(&self.xsave) }.map_err(Error::kvm("set a vCPU's extended state"))?;
         fd.set_xcrs(&self.xcrs).map_err(Error::kvm("set a vCPU's XCRs"))?;
-        fd.set_debug_regs(&self.debug_regs)
-            .map_err(Error::kvm("set a vCPU's debug registers"))?;
-        fd.set_lapic(&self.lapic)
-            .map_err(Error::kvm("set a vCPU's local APIC"))?;
+        fd.set_debug_regs(&self.debug_regs).map_err(Error::kvm("set a vCPU's debug registers"))?;
+        fd.set_lapic(&self.lapic).map_err(Error::kvm("set a vCPU's local APIC"))?;
         let msrs = Msrs::from_entries(&self.msrs).map_err(Error::too_many("MSRs"))?;
         set_msrs(fd, &msrs)?;
-        fd.set_vcpu_events(&self.events)
-            .map_err(Error::kvm("set a vCPU's pending events"))
+        fd.set_vcpu_events(&self.events).map_err(Error::kvm("set a vCPU's pending events"))
     }
 
     /// The general purpose registers.
@@ -104,21 +90,14 @@ pub(super) fn set_msrs(fd: &VcpuFd, msrs: &Msrs) -> Result<()> {
     let written = fd.set_msrs(msrs).map_err(Error::kvm("set a vCPU's MSRs"))?;
     match msrs.as_slice().get(written) {
         None => Ok(()),
-        Some(refused) => Err(Error::Msr {
-            index: refused.index,
-        }),
+        Some(refused) => Err(Error::Msr { index: refused.index }),
     }
 }
 
 /// Reads those of `indexes` that this vCPU has: KVM lists some that depend on CPUID.
 fn read_msrs(fd: &VcpuFd, indexes: &[u32]) -> Result<Vec<kvm_msr_entry>> {
-    let mut wanted: Vec<_> = indexes
-        .iter()
-        .map(|&index| kvm_msr_entry {
-            index,
-            ..Default::default()
-        })
-        .collect();
+    let mut wanted: Vec<_> =
+        indexes.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
     let mut found = Vec::with_capacity(wanted.len());
     while !wanted.is_empty() {
         let mut msrs = Msrs::from_entries(&wanted).map_err(Error::too_many("MSRs"))?;
@@ -143,12 +122,8 @@ impl VmState {
     /// KVM refuses.
     pub fn save(fd: &VmFd) -> Result<Self> {
         let read = |chip_id| {
-            let mut chip = kvm_irqchip {
-                chip_id,
-                ..Default::default()
-            };
-            fd.get_irqchip(&mut chip)
-                .map_err(Error::kvm("read an interrupt controller"))?;
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            fd.get_irqchip(&mut chip).map_err(Error::kvm("read an interrupt controller"))?;
             Ok(chip)
         };
         Ok(Self {
@@ -166,13 +141,9 @@ impl VmState {
     /// KVM refuses.
     pub fn restore(&self, fd: &VmFd) -> Result<()> {
         for chip in &self.irqchips {
-            fd.set_irqchip(chip)
-                .map_err(Error::kvm("set an interrupt controller"))?;
+            fd.set_irqchip(chip).map_err(Error::kvm("set an interrupt controller"))?;
         }
-        let clock = kvm_clock_data {
-            flags: self.clock.flags & KVM_CLOCK_REALTIME,
-            ..self.clock
-        };
+        let clock = kvm_clock_data { flags: self.clock.flags & KVM_CLOCK_REALTIME, ..self.clock };
         fd.set_clock(&clock).map_err(Error::kvm("set the guest's clock"))
     }
 }

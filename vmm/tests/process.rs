@@ -1,0 +1,181 @@
+//! The whole process, as the shim sees it: what it refuses, how it is confined, and how it ends.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{Seek as _, Write as _};
+use std::path::Path;
+
+use mayu_vmm_api::{ExitReason, Request, VmConfig};
+use support::payload::{COUNT_FOREVER, RESET, elf, print};
+use support::{Vmm, config, no_kvm, skip};
+
+/// Why the process cannot be started here, if it cannot: it needs to be root to confine itself.
+fn unable() -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    let reason = no_kvm().or((!root).then(|| "needs root".to_owned()));
+    reason.inspect(|reason| skip(reason)).is_some()
+}
+
+fn image() -> File {
+    let image = tempfile::tempfile().unwrap();
+    image.set_len(4096).unwrap();
+    image
+}
+
+fn build(config: VmConfig, kernel: &File) -> (Vmm, Result<(), String>) {
+    Vmm::build(config, kernel, &image(), tempfile::tempdir().unwrap().path())
+}
+
+/// Starts a guest that counts forever, and returns the pid of its process too.
+fn start(share: &Path) -> (Vmm, i32) {
+    let (mut vmm, outcome) =
+        Vmm::build(VmConfig { vcpus: 2, ..config() }, &elf(&COUNT_FOREVER), &image(), share);
+    outcome.unwrap();
+    let pid = vmm.pid();
+    vmm.request(Request::Resume, &[]).unwrap();
+    (vmm, pid)
+}
+
+#[test]
+fn a_guest_prints_and_resets() {
+    if unable() {
+        return;
+    }
+    let (mut vmm, outcome) = build(config(), &elf(&[print("hello"), RESET.to_vec()].concat()));
+    outcome.unwrap();
+    vmm.request(Request::Resume, &[]).unwrap();
+    assert_eq!(vmm.exit(), ExitReason::GuestReset);
+    assert_eq!(vmm.whole_console(), "hello");
+}
+
+#[test]
+fn what_cannot_be_built_is_refused_with_the_reason_and_ends_the_process() {
+    if unable() {
+        return;
+    }
+    let reset = || elf(&RESET);
+    let mut garbage = tempfile::tempfile().unwrap();
+    garbage.write_all(&[0; 4096]).unwrap();
+    garbage.rewind().unwrap();
+    let cases = [
+        (VmConfig { memory_mib: 63, ..config() }, reset(), "at least 64"),
+        (VmConfig { memory_mib: 65_537, ..config() }, reset(), "at most 65536"),
+        (VmConfig { vcpus: 0, ..config() }, reset(), "0 vCPUs"),
+        (VmConfig { vcpus: 33, ..config() }, reset(), "1 to 32"),
+        (VmConfig { uid: 0, ..config() }, reset(), "change its user"),
+        (VmConfig { kernel_args: "x".repeat(2048), ..config() }, reset(), "command line"),
+        (VmConfig { kernel_args: "a\nb".into(), ..config() }, reset(), "command line"),
+        (config(), garbage, "no ELF file"),
+    ];
+    for (config, kernel, reason) in cases {
+        let (mut vmm, outcome) = build(config, &kernel);
+        let refusal = outcome.unwrap_err();
+        assert!(refusal.contains(reason), "{refusal:?} does not say {reason:?}");
+        vmm.wait_for_end();
+    }
+}
+
+#[test]
+fn the_process_has_no_privileges_and_sees_nothing_but_the_share() {
+    if unable() {
+        return;
+    }
+    let share = tempfile::tempdir().unwrap();
+    fs::write(share.path().join("file"), "").unwrap();
+    let (_vmm, pid) = start(share.path());
+    let process = Path::new("/proc").join(pid.to_string());
+
+    let namespaces = ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"];
+    let own = |name: &&str| {
+        let read = |process: &Path| fs::read_link(process.join("ns").join(name)).unwrap();
+        read(&process) != read(Path::new("/proc/self"))
+    };
+    let separate: Vec<_> = namespaces.into_iter().filter(own).collect();
+    assert_eq!(separate, ["ipc", "mnt", "net", "pid", "user", "uts"]);
+
+    let root = process.join("root");
+    assert_eq!(names(&root), ["proc", "share"]);
+    assert_eq!(names(&root.join("share")), ["file"]);
+    assert!(File::create(root.join("new")).is_err());
+
+    for task in fs::read_dir(process.join("task")).unwrap() {
+        let task = task.unwrap().path();
+        let name = fs::read_to_string(task.join("comm")).unwrap();
+        let status = status(&task);
+        assert_eq!(status["Uid"], "65534\t65534\t65534\t65534", "{name}");
+        assert_eq!(status["Gid"], "65534\t65534\t65534\t65534", "{name}");
+        assert_eq!(status["Groups"], "", "{name}");
+        assert_eq!(status["NoNewPrivs"], "1", "{name}");
+        let capabilities = u64::from_str_radix(&status["CapEff"], 16).unwrap();
+        let allowed = if name.starts_with("virtio-fs") { FILE_CAPABILITIES } else { 0 };
+        assert_eq!(capabilities & !allowed, 0, "{name}");
+    }
+}
+
+/// CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP (linux/capability.h).
+const FILE_CAPABILITIES: u64 = 0b1_1111 | 1 << 6 | 1 << 7 | 1 << 27 | 1 << 31;
+
+fn names(directory: &Path) -> Vec<String> {
+    let mut names: Vec<_> = fs::read_dir(directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+fn status(task: &Path) -> BTreeMap<String, String> {
+    let text = fs::read_to_string(task.join("status")).unwrap();
+    text.lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(key, value)| (key.to_owned(), value.trim().to_owned()))
+        .collect()
+}
+
+#[test]
+fn requests_that_make_no_sense_are_refused_and_harm_nothing() {
+    if unable() {
+        return;
+    }
+    let (mut vmm, _) = start(tempfile::tempdir().unwrap().path());
+    let build = vmm.request(Request::Build(config()), &[]).unwrap_err();
+    assert!(build.contains("built already"), "{build}");
+    let resume = vmm.request(Request::Resume, &[]).unwrap_err();
+    assert!(resume.contains("are running"), "{resume}");
+    let attach = vmm.request(Request::AttachBlock { slot: 0, read_only: true }, &[]).unwrap_err();
+    assert!(attach.contains("0 descriptors, not 1"), "{attach}");
+    let detach = vmm.request(Request::DetachBlock { slot: 9 }, &[]).unwrap_err();
+    assert!(detach.contains("no block slot 9"), "{detach}");
+    vmm.request(Request::AttachBlock { slot: 3, read_only: true }, &[image().into()]).unwrap();
+    vmm.request(Request::DetachBlock { slot: 3 }, &[]).unwrap();
+    vmm.request(Request::Pause, &[]).unwrap();
+    assert!(!vmm.status().running);
+    vmm.request(Request::Resume, &[]).unwrap();
+    assert!(vmm.status().running);
+    vmm.request(Request::Shutdown, &[]).unwrap();
+    assert_eq!(vmm.exit(), ExitReason::Requested);
+}
+
+#[test]
+fn the_process_ends_with_the_control_socket() {
+    if unable() {
+        return;
+    }
+    let (vmm, pid) = start(tempfile::tempdir().unwrap().path());
+    vmm.hang_up();
+    let status = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None).unwrap();
+    assert_eq!(status, nix::sys::wait::WaitStatus::Exited(nix::unistd::Pid::from_raw(pid), 0));
+}
+
+#[test]
+fn a_message_that_is_none_ends_the_machine() {
+    if unable() {
+        return;
+    }
+    let (mut vmm, _) = start(tempfile::tempdir().unwrap().path());
+    vmm.send_raw(b"{}");
+    let ExitReason::Failed(reason) = vmm.exit() else { panic!("not a failure") };
+    assert!(reason.contains("malformed frame"), "{reason}");
+}
