@@ -230,3 +230,207 @@ fn queue_error(source: virtio_queue::Error) -> Error {
 fn timer_error(operation: &'static str, error: vmm_sys_util::errno::Error) -> Error {
     Error::Device { device: "rng", operation, source: error.into() }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::{any, prop, prop_assert_eq, proptest};
+    use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
+
+    use super::*;
+    use crate::devices::virtio::testing::{Descriptor, Driver, NEEDS_RESET, NEXT, RUNNING, Used};
+
+    const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+
+    fn new_driver() -> Driver {
+        let mut driver = Driver::new(Box::new(Rng::new()));
+        driver.start(0);
+        driver
+    }
+
+    /// Adds a request for `length` bytes; returns where they shall go.
+    fn add(driver: &mut Driver, length: usize) -> u64 {
+        let address = driver.alloc(length);
+        driver.queues[0].add(&[Descriptor::writable(address, u32::try_from(length).unwrap())]);
+        address
+    }
+
+    fn assert_works(driver: &mut Driver) {
+        let address = add(driver, 64);
+        let used = driver.exchange(0, 1);
+        assert_eq!(used.last().unwrap().length, 64);
+        assert_ne!(driver.read(address, 64), [0; 64]);
+    }
+
+    #[test]
+    fn each_request_gets_other_bytes() {
+        let mut driver = new_driver();
+        let (first, second) = (add(&mut driver, 32), add(&mut driver, 32));
+        let used = driver.exchange(0, 2);
+        assert_eq!(used.iter().map(|used| used.length).collect::<Vec<_>>(), [32, 32]);
+        assert_ne!(driver.read(first, 32), [0; 32]);
+        assert_ne!(driver.read(first, 32), driver.read(second, 32));
+    }
+
+    #[test]
+    fn only_the_buffers_are_written_and_all_of_them() {
+        let mut driver = new_driver();
+        let address = driver.alloc(3 * CHUNK);
+        let piece = u32::try_from(CHUNK).unwrap() + 100;
+        let chain = [
+            Descriptor::writable(address + 64, 64),
+            Descriptor::writable(address, 0),
+            Descriptor::writable(address + 256, piece),
+        ];
+        driver.queues[0].add(&chain);
+        assert_eq!(driver.exchange(0, 1)[0].length, piece + 64);
+        assert_eq!(driver.read(address, 64), [0; 64]);
+        assert_eq!(driver.read(address + 128, 128), [0; 128]);
+        assert_ne!(driver.read(address + 64, 64), [0; 64]);
+        assert_ne!(driver.read(address + 256 + u64::from(piece) - 32, 32), [0; 32]);
+        assert_eq!(driver.read(address + 256 + u64::from(piece), 64), [0; 64]);
+    }
+
+    #[test]
+    fn a_large_request_gets_a_part() {
+        let mut driver = new_driver();
+        let address = add(&mut driver, 1 << 20);
+        assert_eq!(driver.exchange(0, 1)[0].length, 64 << 10);
+        assert_eq!(driver.read(address + (64 << 10), 1024), [0; 1024]);
+    }
+
+    #[test]
+    fn a_greedy_guest_has_to_wait_for_the_next_period() {
+        let mut driver = new_driver();
+        let requests = u16::try_from(BUDGET / MAX_REQUEST).unwrap() + 1;
+        for _ in 0..requests {
+            add(&mut driver, MAX_REQUEST);
+        }
+        driver.transport.process(DeviceEvent::Queue(0));
+        driver.transport.process(DeviceEvent::Queue(0));
+        assert_eq!(driver.queues[0].pending(), requests - 1);
+        // The timer's doing.
+        driver.run_until(|driver| driver.queues[0].pending() == requests);
+        driver.queues[0].used();
+        assert_works(&mut driver);
+    }
+
+    #[test]
+    fn bad_requests_get_nothing_and_are_counted() {
+        let mut driver = new_driver();
+        let address = driver.alloc(64);
+        let bad = [
+            vec![Descriptor::writable(address, 0)],
+            vec![Descriptor::readable(address, 64)],
+            vec![Descriptor::readable(address, 64), Descriptor::writable(address, 64)],
+            vec![Descriptor::writable(u64::MAX, 64)],
+        ];
+        for chain in &bad {
+            driver.queues[0].add(chain);
+        }
+        let endless = driver.queues[0].add(&[Descriptor::writable(address, 64)]);
+        let looped = Descriptor { next: endless, ..Descriptor::writable(address, 64) };
+        driver.queues[0].write_descriptor(endless, Descriptor { flags: looped.flags | NEXT, ..looped });
+        let used = driver.exchange(0, 5);
+        assert!(used.iter().all(|used| used.length == 0), "{used:?}");
+        assert_eq!(driver.transport.health().errors(), 5);
+        assert_works(&mut driver);
+    }
+
+    #[test]
+    fn even_requests_for_nothing_use_up_the_period() {
+        let mut driver = new_driver();
+        let mut served = 0;
+        loop {
+            driver.queues[0].add(&[Descriptor::writable(0, 0)]);
+            driver.transport.process(DeviceEvent::Queue(0));
+            if driver.queues[0].used().is_empty() {
+                break;
+            }
+            served += 1;
+        }
+        assert_eq!(served, BUDGET / MIN_COST);
+        driver.run_until(|driver| driver.queues[0].pending() == 1);
+        driver.queues[0].used();
+        assert_works(&mut driver);
+    }
+
+    #[test]
+    fn an_available_ring_beyond_belief_needs_a_reset() {
+        let mut driver = new_driver();
+        driver.queues[0].set_avail_index(QUEUE_SIZES[0] + 1);
+        driver.kick(0);
+        driver.run_until_broken();
+        assert_eq!(driver.take_interrupt(), VIRTIO_MMIO_INT_CONFIG);
+        driver.start(0);
+        assert_works(&mut driver);
+    }
+
+    #[test]
+    fn a_head_outside_the_table_needs_a_reset() {
+        let mut driver = new_driver();
+        driver.queues[0].publish(QUEUE_SIZES[0]);
+        driver.kick(0);
+        driver.run_until_broken();
+        driver.start(0);
+        assert_works(&mut driver);
+    }
+
+    #[test]
+    fn with_event_indices_it_interrupts_only_when_asked() {
+        let mut driver = Driver::new(Box::new(Rng::new()));
+        driver.start(EVENT_IDX);
+        driver.queues[0].set_used_event(1);
+        add(&mut driver, 1);
+        driver.exchange(0, 1);
+        assert_eq!(driver.take_interrupt(), 0);
+        add(&mut driver, 1);
+        driver.exchange(0, 1);
+        assert_eq!(driver.take_interrupt(), VIRTIO_MMIO_INT_VRING);
+    }
+
+    #[test]
+    fn a_restored_device_goes_on_with_what_was_queued() {
+        let mut driver = Driver::new(Box::new(Rng::new()));
+        driver.start(EVENT_IDX);
+        for _ in 0..20 {
+            assert_works(&mut driver);
+        }
+        driver.transport.pause();
+        let address = add(&mut driver, 64);
+        driver.kick(0);
+        driver.run();
+        assert_eq!(driver.queues[0].used(), []);
+        let state = driver.transport.save();
+
+        let mut driver = driver.move_to(Box::new(Rng::new()));
+        driver.transport.restore(&state).unwrap();
+        driver.transport.resume();
+
+        assert_eq!(driver.queues[0].used(), [Used { head: 4, length: 64 }]);
+        assert_ne!(driver.read(address, 64), [0; 64]);
+        assert_works(&mut driver);
+    }
+
+    proptest! {
+        #[test]
+        fn no_table_breaks_it_for_good(
+            table in prop::collection::vec((any::<u64>(), any::<u32>(), 0_u16..8, 0_u16..18, any::<bool>()), 16),
+            index in 0_u16..18,
+        ) {
+            let mut driver = new_driver();
+            for (number, &(address, length, flags, next, near)) in (0..).zip(&table) {
+                // Mostly in guest memory, and not over the rings.
+                let (address, length) = if near { (address % (1 << 20) | 1 << 21, length % 0x2_0000) } else { (address, length) };
+                driver.queues[0].write_descriptor(number, Descriptor { address, length, flags, next });
+                driver.queues[0].publish(number);
+            }
+            driver.queues[0].set_avail_index(index);
+            driver.kick(0);
+            driver.run_until(|driver| driver.status() & NEEDS_RESET != 0 || driver.queues[0].pending() == index);
+            prop_assert_eq!(driver.status() & NEEDS_RESET != 0, index > 16);
+            driver.start(0);
+            prop_assert_eq!(driver.status(), RUNNING);
+            assert_works(&mut driver);
+        }
+    }
+}

@@ -46,7 +46,10 @@ impl Backend {
     pub(super) fn position(&self, sector: u64, length: usize) -> Option<u64> {
         let length = u64::try_from(length).ok()?;
         let end = sector.checked_add(length / SECTOR)?;
-        (length.is_multiple_of(SECTOR) && end <= self.capacity).then_some(sector * SECTOR)
+        if !length.is_multiple_of(SECTOR) || end > self.capacity {
+            return None;
+        }
+        sector.checked_mul(SECTOR)
     }
 
     /// Fills the buffers from `position` on.
