@@ -19,17 +19,19 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_queue::QueueState;
 
-use super::{Activation, DeviceEvent, DeviceState, VirtioDevice};
+use super::{Activation, DeviceEvent, DeviceState, VirtioDevice, read_config_from};
 use crate::error::{Error, Result};
+use gate::Gate;
 use share::Share;
 use table::Budget;
-use worker::Gate;
 
 mod attributes;
 mod filesystem;
+mod gate;
 mod identity;
 mod raw;
 mod request;
+mod session;
 mod share;
 mod table;
 #[cfg(test)]
@@ -109,11 +111,7 @@ impl VirtioDevice for Fs {
     }
 
     fn read_config(&self, offset: u64, out: &mut [u8]) {
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        let known = self.config.get(offset..).unwrap_or_default();
-        let (known_part, rest) = out.split_at_mut(known.len().min(out.len()));
-        known_part.copy_from_slice(&known[..known_part.len()]);
-        rest.fill(0);
+        read_config_from(&self.config, offset, out);
     }
 
     fn activate(&mut self, activation: Activation) -> Result<()> {

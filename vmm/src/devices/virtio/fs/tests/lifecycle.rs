@@ -85,6 +85,11 @@ fn a_driver_of_the_wrong_age_is_refused() {
     let new = InitIn { major: 8, ..Default::default() };
     let offered = client.call(Opcode::Init, 0, &[new.as_slice()]).unwrap();
     assert_eq!(object::<InitOut>(&offered).major, 7);
+    // The reply has grown twice.
+    for (minor, length) in [(0, 8), (5, 24), (22, 24), (23, 64), (u32::MAX, 64)] {
+        let init = InitIn { major: 7, minor, ..Default::default() };
+        assert_eq!(client.call(Opcode::Init, 0, &[init.as_slice()]).unwrap().len(), length, "7.{minor}");
+    }
 }
 
 #[test]
