@@ -420,7 +420,8 @@ mod tests {
             let mut driver = new_driver();
             for (number, &(address, length, flags, next, near)) in (0..).zip(&table) {
                 // Mostly in guest memory, and not over the rings.
-                let (address, length) = if near { (address % (1 << 20) | 1 << 21, length % 0x2_0000) } else { (address, length) };
+                let (address, length) =
+                    if near { ((1 << 21) + address % (1 << 20), length % 0x2_0000) } else { (address, length) };
                 driver.queues[0].write_descriptor(number, Descriptor { address, length, flags, next });
                 driver.queues[0].publish(number);
             }

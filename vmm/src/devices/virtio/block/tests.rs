@@ -513,7 +513,7 @@ fn with_event_indices_it_interrupts_only_when_asked() {
     // Nothing tells the driver, so it has to look. The pause ends the device's work.
     while disk.driver.queues[0].pending() < 2 {
         disk.driver.run();
-        std::thread::yield_now();
+        thread::yield_now();
     }
     disk.driver.transport.pause();
     assert_eq!(disk.driver.take_interrupt(), 0);
