@@ -156,7 +156,7 @@ impl Control {
                 }
                 Err(error) => return Err(Error::Control(error)),
             };
-            if let Verdict::End(reason) = self.carry_out(machine, id, request, fds)? {
+            if let Verdict::End(reason) = self.carry_out(machine, id, &request, fds)? {
                 return Ok(Verdict::End(reason));
             }
         }
@@ -166,10 +166,10 @@ impl Control {
         &mut self,
         machine: &mut Machine,
         id: u64,
-        request: Request,
+        request: &Request,
         fds: Vec<OwnedFd>,
     ) -> Result<Verdict> {
-        let outcome = match request {
+        let outcome = match *request {
             Request::Build(_) => Err(Error::BuiltTwice),
             Request::Resume => machine.resume(),
             Request::Pause => machine.pause(),

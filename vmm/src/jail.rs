@@ -29,7 +29,7 @@ use rustix::mount::{
     mount_remount, move_mount, open_tree, unmount,
 };
 use rustix::process::{
-    DumpableBehavior, PidfdFlags, Resource, Rlimit, Signal, chdir, getpid, getrlimit, pidfd_open, pivot_root,
+    DumpableBehavior, PidfdFlags, Resource, Rlimit, Signal, chdir, getpid, pidfd_open, pivot_root,
     set_dumpable_behavior, set_parent_process_death_signal, setrlimit,
 };
 use rustix::thread::{
@@ -183,7 +183,9 @@ fn become_unprivileged(uid: u32) -> Result<()> {
     if uid == 0 || uid == u32::MAX {
         return Err(failed("change its user")(Errno::INVAL));
     }
-    limit_resources()?;
+    // A core dump would hold the guest's memory.
+    let nothing = Rlimit { current: Some(0), maximum: Some(0) };
+    setrlimit(Resource::Core, nothing).map_err(failed("switch core dumps off"))?;
     // Changing the user gives and takes no capabilities, and neither does executing a program.
     set_capabilities_secure_bits(
         CapabilitiesSecureBits::NO_ROOT
@@ -211,16 +213,6 @@ fn become_unprivileged(uid: u32) -> Result<()> {
 fn hold_capabilities(set: CapabilitySet) -> Result<()> {
     let sets = CapabilitySets { effective: set, permitted: set, inheritable: CapabilitySet::empty() };
     set_capabilities(None, sets).map_err(failed("drop capabilities"))
-}
-
-/// The fs device keeps a descriptor for each file that the guest knows, and a core dump would hold the guest's memory.
-fn limit_resources() -> Result<()> {
-    let most = getrlimit(Resource::Nofile).maximum;
-    let descriptors = Rlimit { current: most, maximum: most };
-    let nothing = Rlimit { current: Some(0), maximum: Some(0) };
-    setrlimit(Resource::Nofile, descriptors)
-        .and_then(|()| setrlimit(Resource::Core, nothing))
-        .map_err(failed("set its resource limits"))
 }
 
 /// Has the kernel kill this process when the shim ends. The shim becomes its parent when `parent` ends, so that has

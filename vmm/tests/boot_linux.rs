@@ -1,6 +1,8 @@
 //! Boots Linux to its init, with the kernel and image that `MAYU_TEST_KERNEL` and `MAYU_TEST_IMAGE` name. The init
 //! has to connect to the host's port 1024 and to write a line, as the agent does.
 
+#![allow(clippy::panic, clippy::unwrap_used)]
+
 mod support;
 
 use std::fs::File;

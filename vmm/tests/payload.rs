@@ -1,5 +1,7 @@
 //! Runs a few hand-assembled instructions in a machine from the real builder. Unlike Linux, they run on any KVM.
 
+#![allow(clippy::panic, clippy::unwrap_used)]
+
 mod support;
 
 use std::fs::File;

@@ -1,5 +1,7 @@
 //! The whole process, as the shim sees it: what it refuses, how it is confined, and how it ends.
 
+#![allow(clippy::panic, clippy::unwrap_used)]
+
 mod support;
 
 use std::collections::BTreeMap;

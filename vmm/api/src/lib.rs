@@ -6,8 +6,9 @@
 //! ```text
 //! shim                                         mayu-vmm
 //!  │ spawn, control socket on CONTROL_FD          │
+//!  │── Build(VmConfig) + kvm, kernel, image, … ──▶│
 //!  │ ◀──────────────────── Event::Started {pid} ──│  forked into its own namespaces
-//!  │── Build(VmConfig) + kvm, kernel, image, … ──▶│  jail, build, vCPUs paused
+//!  │                                              │  jail, build, vCPUs paused
 //!  │ ◀──────────────────────────────────── Ok ────│
 //!  │── Resume ───────────────────────────────────▶│  the guest runs
 //!  │ ◀──── Event::VsockAccepted {port} + stream ──│  the agent reports in

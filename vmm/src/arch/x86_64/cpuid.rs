@@ -162,7 +162,7 @@ mod tests {
 
     #[test]
     fn the_guest_sees_a_hypervisor_and_a_deadline_timer_and_no_vmx_or_monitor() {
-        let cpuid = template(&[entry(1, [0, 0, u32::MAX & !(1 << 31), 0])], 1).for_vcpu(0).unwrap();
+        let cpuid = template(&[entry(1, [0, 0, !(1 << 31), 0])], 1).for_vcpu(0).unwrap();
         let ecx = find(&cpuid, 1, 0).ecx;
         assert_eq!(ecx & HIDDEN_FEATURES, 0);
         assert_eq!(ecx & FEATURE_HYPERVISOR, FEATURE_HYPERVISOR);
