@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the lab's build scripts: a cache of built folders, named after what they are built from.
 
 lab_cache=${MAYU_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/mayu}/lab
@@ -11,7 +12,7 @@ cached_folder() {
     local folder=$lab_cache/$1-$2 started=$SECONDS lock
     mkdir -p "$lab_cache"
     exec {lock}>"$lab_cache/$1.lock"
-    flock "$lock"
+    flock --nonblock "$lock" || { say "waiting for another build of $1"; flock "$lock"; }
     if [[ ! -d $folder ]]; then
         say "building $1 (kept in $folder)"
         rm -rf "$folder.partial"

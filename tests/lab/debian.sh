@@ -1,7 +1,9 @@
+# shellcheck shell=bash
 # Sourced by the lab's build scripts, after cache.sh: Debian folders made from Debian's packages. Of the host only
 # mmdebstrap and its keyring are used, none of its package sources.
 
 mirror=${MAYU_DEBIAN_MIRROR:-http://deb.debian.org/debian}
+# shellcheck disable=SC2154 # set by cache.sh
 debs=$lab_cache/debs # downloaded packages, which outlive an interrupted build
 
 # bootstrap FOLDER VARIANT PACKAGES [OPTION...]: fills the folder with trixie's packages, separated by commas, and
