@@ -7,7 +7,7 @@
 //!
 //! Files block, so that the device has threads of its own: a slow disk stalls neither the other devices nor, as
 //! long as one worker is left, other containers. They are started before the VMM gives up its capabilities, since
-//! they are the only ones who need some; see [`identity`].
+//! they are the only ones who need some; see `identity`.
 
 use std::io;
 use std::path::Path;
