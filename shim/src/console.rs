@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
-use slog::{Logger, debug, warn};
+use serde::Deserialize;
+use slog::{Level, Logger, debug, info, warn};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::net::unix::pipe;
 use tokio::task::JoinHandle;
@@ -122,9 +123,22 @@ fn log_line(line: &[u8], source: Source, limit: &mut RateLimit, log: &Logger) {
         return;
     };
     let text = printable(line.trim_ascii_end());
-    match source {
-        Source::Guest => debug!(log, "guest console"; "line" => text, "dropped" => dropped),
-        Source::Vmm => warn!(log, "VMM"; "line" => text, "dropped" => dropped),
+    match (source, vmm_level(line)) {
+        (Source::Guest, _) => debug!(log, "guest console"; "line" => text, "dropped" => dropped),
+        (Source::Vmm, Level::Warning) => warn!(log, "VMM"; "line" => text, "dropped" => dropped),
+        (Source::Vmm, _) => info!(log, "VMM"; "line" => text, "dropped" => dropped),
+    }
+}
+
+/// The level of a line of the VMM, which logs in JSON as well. Anything else that it writes is a warning.
+fn vmm_level(line: &[u8]) -> Level {
+    #[derive(Deserialize)]
+    struct Line<'a> {
+        level: &'a str,
+    }
+    match serde_json::from_slice(line) {
+        Ok(Line { level: "INFO" | "DEBG" | "TRCE" }) => Level::Info,
+        _ => Level::Warning,
     }
 }
 
@@ -153,6 +167,13 @@ mod tests {
         let tail = tail_of(&text).await;
         assert_eq!(tail.len(), SHOW);
         assert!(tail.ends_with("a\nKernel panic\n"));
+    }
+
+    #[test]
+    fn what_the_vmm_says_is_a_warning_unless_it_says_otherwise() {
+        assert_eq!(vmm_level(br#"{"msg":"machine built","level":"INFO","vcpus":1}"#), Level::Info);
+        assert_eq!(vmm_level(br#"{"msg":"the VMM cannot go on","level":"ERRO"}"#), Level::Warning);
+        assert_eq!(vmm_level(b"thread 'main' panicked"), Level::Warning);
     }
 
     #[tokio::test]
