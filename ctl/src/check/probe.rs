@@ -41,11 +41,16 @@ pub struct Error {
     source: std::io::Error,
 }
 
-/// Iterations of the timed loop, of two instructions each: a tenth of a second where they are emulated.
-const ITERATIONS: u64 = 100_000;
+/// Iterations of the first timed loop, of two instructions each. Later ones are longer.
+const FIRST: u64 = 100_000;
 
-/// The loop costs a native guest its VM entries and exits as well, a software processor somewhat more;
-/// emulation costs a factor of several hundred.
+/// Iterations of the longest loop, which takes a processor some tens of milliseconds.
+const LONGEST: u64 = 100_000_000;
+
+/// A loop of this length outweighs entering and leaving the guest.
+const LONG_ENOUGH: Duration = Duration::from_millis(50);
+
+/// A software processor runs a guest several times slower than itself; emulation costs a factor of thousands.
 const EMULATED_ABOVE: f64 = 40.0;
 
 const MEMORY_SIZE: usize = 0x10000;
@@ -60,24 +65,41 @@ const LOOP: &[u8] = &[0x48, 0xff, 0xc9, 0x75, 0xfb, 0xf4];
 /// `lock cmpxchg16b [rbx]; hlt`
 const CMPXCHG16B: &[u8] = &[0xf0, 0x48, 0x0f, 0xc7, 0x0b, 0xf4];
 
-/// Runs the probe, which takes at most a fraction of a second.
+/// Runs the probe, which takes some tenths of a second.
 pub fn run(kvm: &Kvm) -> Result<Verdict, Error> {
-    let (elapsed, stopped) = execute(kvm, LOOP)?;
+    let mut stopped = None;
+    let guest = nanoseconds_per_iteration(|iterations| {
+        let (elapsed, exit) = execute(kvm, LOOP, iterations)?;
+        stopped = exit;
+        Ok(elapsed)
+    })?;
     if let Some(exit) = stopped {
         return Ok(Verdict::Incomplete { instruction: "a loop of DEC and JNZ", exit });
     }
-    let slowdown = elapsed.as_secs_f64() / host_time().as_secs_f64();
+    let slowdown = guest / nanoseconds_per_iteration(|iterations| Ok(host_time(iterations)))?;
     if slowdown > EMULATED_ABOVE {
         return Ok(Verdict::Emulated { slowdown });
     }
-    match execute(kvm, CMPXCHG16B)?.1 {
+    match execute(kvm, CMPXCHG16B, 0)?.1 {
         Some(exit) => Ok(Verdict::Incomplete { instruction: "CMPXCHG16B", exit }),
         None => Ok(Verdict::Native { slowdown }),
     }
 }
 
+/// Makes the loop longer until what is measured is the loop.
+fn nanoseconds_per_iteration(mut time: impl FnMut(u64) -> Result<Duration, Error>) -> Result<f64, Error> {
+    let mut iterations = FIRST;
+    loop {
+        let elapsed = time(iterations)?;
+        if elapsed >= LONG_ENOUGH || iterations >= LONGEST {
+            return Ok(elapsed.as_secs_f64() * 1e9 / iterations as f64);
+        }
+        iterations *= 10;
+    }
+}
+
 /// Runs `code` in ring 0 until it halts. Returns its time and, if it did not get there, how it stopped.
-fn execute(kvm: &Kvm, code: &[u8]) -> Result<(Duration, Option<String>), Error> {
+fn execute(kvm: &Kvm, code: &[u8], iterations: u64) -> Result<(Duration, Option<String>), Error> {
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)])
         .map_err(|error| failed("map memory", error))?;
     fill(&memory, code).map_err(|error| failed("write memory", error))?;
@@ -85,7 +107,7 @@ fn execute(kvm: &Kvm, code: &[u8]) -> Result<(Duration, Option<String>), Error> 
     let host = memory.get_host_address(GuestAddress(0)).map_err(|error| failed("find memory", error))?;
     set_memory(&vm, host as u64).map_err(|error| failed("set memory", error))?;
     let mut vcpu = vm.create_vcpu(0).map_err(|error| failed("create a vCPU", error))?;
-    set_registers(&vcpu).map_err(|error| failed("set registers", error))?;
+    set_registers(&vcpu, iterations).map_err(|error| failed("set registers", error))?;
 
     let start = Instant::now();
     let stopped = match vcpu.run() {
@@ -125,7 +147,7 @@ fn set_memory(vm: &kvm_ioctls::VmFd, host: u64) -> Result<(), kvm_ioctls::Error>
 }
 
 /// 64-bit ring 0, interrupts off (Intel SDM volume 3, 10.8.5).
-fn set_registers(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
+fn set_registers(vcpu: &VcpuFd, iterations: u64) -> Result<(), kvm_ioctls::Error> {
     const CR0_PE_ET_PG: u64 = 1 | 1 << 4 | 1 << 31;
     const CR4_PAE: u64 = 1 << 5;
     const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
@@ -149,16 +171,16 @@ fn set_registers(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
     sregs.efer = EFER_LME_LMA;
     vcpu.set_sregs(&sregs)?;
     // CMPXCHG16B compares RDX:RAX with the 16 bytes at RBX; both are zero, so it stores RCX:RBX.
-    vcpu.set_regs(&kvm_regs { rip: CODE, rflags: 2, rcx: ITERATIONS, rbx: OPERAND, ..Default::default() })
+    vcpu.set_regs(&kvm_regs { rip: CODE, rflags: 2, rcx: iterations, rbx: OPERAND, ..Default::default() })
 }
 
 /// The same number of iterations of a loop of the same two instructions on this processor.
 #[allow(unsafe_code)]
-fn host_time() -> Duration {
+fn host_time(iterations: u64) -> Duration {
     let start = Instant::now();
     // SAFETY: counts a register down to zero and touches nothing else.
     unsafe {
-        std::arch::asm!("2:", "dec {n}", "jnz 2b", n = inout(reg) ITERATIONS => _, options(nomem, nostack));
+        std::arch::asm!("2:", "dec {n}", "jnz 2b", n = inout(reg) iterations => _, options(nomem, nostack));
     }
     start.elapsed().max(Duration::from_nanos(1))
 }
