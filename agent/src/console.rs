@@ -85,3 +85,32 @@ impl Serializer for Line {
         write!(self.0, ", {key}: {value}").map_err(Into::into)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_is_let_through_and_the_rest_counted() {
+        let start = Instant::now();
+        let mut limit = Limit::new(start);
+
+        let taken = (0..BURST + 10).filter_map(|_| limit.take(start)).count();
+
+        assert_eq!(taken, BURST as usize);
+        assert_eq!(limit.take(start + INTERVAL), Some(10));
+        assert_eq!(limit.take(start + INTERVAL), None);
+    }
+
+    #[test]
+    fn a_long_silence_earns_one_burst() {
+        let start = Instant::now();
+        let mut limit = Limit::new(start);
+        while limit.take(start).is_some() {}
+
+        let later = start + INTERVAL * 10 * BURST;
+        let taken = (0..2 * BURST).filter_map(|_| limit.take(later)).count();
+
+        assert_eq!(taken, BURST as usize);
+    }
+}

@@ -36,8 +36,6 @@ use crate::streams::Streams;
 const MAX_EXECS: usize = 4096;
 /// How long output that the shim does not take is kept when its process is deleted.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
-/// How long the shim may take to connect the streams of a process that it starts.
-const STREAM_DEADLINE: Duration = Duration::from_secs(30);
 /// The longest reason taken from a process that could not execute its program, in bytes.
 const MAX_FAILURE: u64 = 4096;
 /// The status of an exec that never ran its program, as shells report it.
@@ -47,6 +45,8 @@ const NOT_STARTED: u32 = 255;
 pub struct Runtime {
     /// Starts processes.
     pub launcher: Launcher,
+    /// How long the shim may take to connect the streams of a process that it starts.
+    pub stream_deadline: Duration,
     /// Where bundles, libcontainer's states and sockets are kept.
     pub run_directory: PathBuf,
     /// Collects exits.
@@ -170,12 +170,14 @@ impl Container {
             }
         };
         self.init.launched(launched.pid, launched.terminal);
-        if let Some((columns, rows)) = self.summary.console_size {
-            self.init.resize(columns, rows)?;
-        }
         self.init.advance(Action::FinishCreate)?;
         self.watch_exit(Arc::clone(&self.init), launched.exit);
         self.watch_memory();
+        if let Some((columns, rows)) = self.summary.console_size
+            && let Err(error) = self.init.resize(columns, rows)
+        {
+            warn!(self.log, "cannot set the terminal's size"; "error" => %error);
+        }
         Ok(())
     }
 
@@ -237,7 +239,7 @@ impl Container {
     }
 
     async fn start_init(&self) -> Result<()> {
-        let connected = self.init.connect(STREAM_DEADLINE).await?;
+        let connected = self.init.connect(self.runtime.stream_deadline).await?;
         let pipes = self.inner().ends.take().unwrap_or_default();
         let ends = if self.init.stdio().terminal { self.init.terminal_ends()? } else { pipes };
         self.init.copy(connected, ends);
@@ -295,7 +297,7 @@ impl Container {
 
     async fn start_exec(self: &Arc<Self>, exec: &Exec) -> Result<()> {
         let process = &exec.process;
-        let connected = process.connect(STREAM_DEADLINE).await?;
+        let connected = process.connect(self.runtime.stream_deadline).await?;
         let file = self.runtime.fresh_path("json");
         write_json(file.clone(), exec.spec.as_ref())?;
         let user = exec.spec.user();

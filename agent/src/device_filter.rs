@@ -182,3 +182,120 @@ fn immediate(code: u8, destination: u8, immediate: i32) -> BpfInstruction {
 fn register(code: u8, destination: u8, source: u8) -> BpfInstruction {
     BpfInstruction { code, registers: source << 4 | destination, offset: 0, immediate: 0 }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// What the kernel's machine does with a program, as far as these programs go.
+    fn run(program: &[BpfInstruction], kind: i32, access: i32, major: i32, minor: i32) -> bool {
+        let context = [(access << 16) | kind, major, minor];
+        let mut registers = [0_i64; 11];
+        let mut next = 0;
+        loop {
+            let instruction = program[next];
+            let to = usize::from(instruction.registers & 0xf);
+            let from = usize::from(instruction.registers >> 4);
+            let value = i64::from(instruction.immediate);
+            next += 1;
+            let jump = match instruction.code {
+                LOAD_WORD => {
+                    assert_eq!(from, usize::from(CONTEXT));
+                    registers[to] = i64::from(context[instruction.offset as usize / 4]);
+                    false
+                }
+                MOVE => {
+                    registers[to] = value;
+                    false
+                }
+                MOVE_REGISTER => {
+                    registers[to] = registers[from];
+                    false
+                }
+                AND => {
+                    registers[to] &= value;
+                    false
+                }
+                SHIFT_RIGHT => {
+                    registers[to] >>= value;
+                    false
+                }
+                JUMP_EQUAL => registers[to] == value,
+                JUMP_NOT_EQUAL => registers[to] != value,
+                JUMP_NOT_EQUAL_REGISTER => registers[to] != registers[from],
+                EXIT => return registers[0] != 0,
+                other => panic!("operation {other:#x}"),
+            };
+            if jump {
+                next += usize::try_from(instruction.offset).unwrap();
+            }
+        }
+    }
+
+    fn program(rules: Value) -> Vec<BpfInstruction> {
+        let rules: Vec<LinuxDeviceCgroup> = serde_json::from_value(rules).unwrap();
+        compile(&rules).unwrap()
+    }
+
+    const RW: i32 = READ | WRITE;
+
+    #[test]
+    fn without_rules_only_harmless_devices_are_allowed() {
+        let program = program(json!([]));
+
+        assert!(run(&program, CHARACTER, RW, 1, 3), "/dev/null");
+        assert!(run(&program, CHARACTER, RW, 136, 7), "/dev/pts/7");
+        assert!(run(&program, BLOCK, MKNOD, 8, 0), "mknod");
+        assert!(!run(&program, BLOCK, READ, 8, 0), "a disk");
+        assert!(!run(&program, CHARACTER, READ, 1, 11), "/dev/kmsg");
+        assert!(!run(&program, CHARACTER, READ, 1, 1), "/dev/mem");
+        assert!(!run(&program, CHARACTER, RW, 5, 1), "the guest's console");
+        assert!(!run(&program, BLOCK, RW, 1, 3), "a block device with a harmless number");
+    }
+
+    #[test]
+    fn a_later_rule_overrides_an_earlier_one() {
+        let program = program(json!([
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "type": "c", "major": 10, "access": "rw"},
+            {"allow": false, "type": "c", "major": 10, "minor": 5, "access": "w"},
+        ]));
+
+        assert!(run(&program, CHARACTER, RW, 10, 4));
+        assert!(run(&program, CHARACTER, READ, 10, 5));
+        assert!(!run(&program, CHARACTER, WRITE, 10, 5));
+        assert!(!run(&program, CHARACTER, RW, 10, 5));
+        assert!(!run(&program, CHARACTER, RW, 11, 4));
+    }
+
+    #[test]
+    fn an_allowance_covers_all_that_is_asked_for() {
+        let program = program(json!([{"allow": true, "type": "b", "major": 8, "minor": 0, "access": "r"}]));
+
+        assert!(run(&program, BLOCK, READ, 8, 0));
+        assert!(!run(&program, BLOCK, RW, 8, 0));
+    }
+
+    #[test]
+    fn a_privileged_container_may_use_everything_and_nothing_unreachable_follows() {
+        let program = program(json!([{"allow": false}, {"allow": true, "type": "a", "access": "rwm"}]));
+
+        assert!(run(&program, BLOCK, RW | MKNOD, 259, 4095));
+        let exits = program.iter().filter(|instruction| instruction.code == EXIT).count();
+        assert_eq!(exits, ALWAYS_ALLOWED.len() + 1);
+    }
+
+    #[test]
+    fn rules_without_sense_are_refused() {
+        for rule in [
+            json!({"allow": true, "type": "p"}),
+            json!({"allow": true, "access": "rx"}),
+            json!({"allow": true, "major": 1_i64 << 40}),
+        ] {
+            let rules: Vec<LinuxDeviceCgroup> = serde_json::from_value(json!([rule])).unwrap();
+            assert!(matches!(compile(&rules), Err(Error::InvalidSpec(_))), "{rule}");
+        }
+    }
+}

@@ -185,3 +185,27 @@ impl From<Error> for ttrpc::Error {
         Self::RpcStatus(ttrpc::get_status(error.code(), error.to_string()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_containerd_acts_on_has_its_code() {
+        let id = || "c".to_owned();
+        let wrong = Error::WrongState { action: Action::Pause, process: id(), state: State::Stopped };
+        assert_eq!(wrong.to_string(), "cannot pause c: it is stopped");
+        let cases = [
+            (Error::NoContainer(id()), Code::NOT_FOUND),
+            (Error::Finished(id()), Code::NOT_FOUND),
+            (Error::ContainerExists(id()), Code::ALREADY_EXISTS),
+            (wrong, Code::FAILED_PRECONDITION),
+            (Error::InvalidSpec(id()), Code::INVALID_ARGUMENT),
+            (Error::Unsupported("x"), Code::UNIMPLEMENTED),
+        ];
+        for (error, code) in cases {
+            let ttrpc::Error::RpcStatus(status) = error.into() else { panic!("no status") };
+            assert_eq!(status.code(), code);
+        }
+    }
+}

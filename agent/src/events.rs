@@ -111,3 +111,108 @@ impl Events {
 pub fn nanoseconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).ok().and_then(|since| u64::try_from(since.as_nanos()).ok()).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::pin::pin;
+    use std::task::{Context, Poll, Waker};
+
+    use super::*;
+
+    fn exit(status: u32) -> Exit {
+        Exit { status, at: UNIX_EPOCH + std::time::Duration::from_nanos(5) }
+    }
+
+    /// What is there without waiting.
+    fn ready<T>(future: impl Future<Output = T>) -> Option<T> {
+        match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(value) => Some(value),
+            Poll::Pending => None,
+        }
+    }
+
+    fn take(events: &Events, subscription: &Subscription) -> Option<event::Event> {
+        let (number, event) = ready(events.next(subscription))??;
+        events.acknowledge(number);
+        event.event
+    }
+
+    #[test]
+    fn what_happened_before_the_subscription_comes_in_order() {
+        let events = Events::default();
+        events.out_of_memory("c");
+        events.exited("c", "e", 7, exit(137));
+
+        let subscription = events.subscribe();
+
+        let Some(event::Event::Oom(oom)) = take(&events, &subscription) else { panic!("no oom") };
+        assert_eq!(oom.container_id, "c");
+        let Some(event::Event::Exit(exit)) = take(&events, &subscription) else { panic!("no exit") };
+        let fields = (
+            exit.container_id.as_str(),
+            exit.exec_id.as_str(),
+            exit.pid,
+            exit.exit_status,
+            exit.exited_at_ns,
+        );
+        assert_eq!(fields, ("c", "e", 7, 137, 5));
+        assert!(ready(events.next(&subscription)).is_none());
+    }
+
+    #[test]
+    fn an_event_that_was_not_delivered_comes_again() {
+        let events = Events::default();
+        events.out_of_memory("c");
+        let first = events.subscribe();
+        let seen = ready(events.next(&first));
+        assert!(matches!(seen, Some(Some(_))));
+
+        let second = events.subscribe();
+
+        assert!(matches!(ready(events.next(&first)), Some(None)), "the first was superseded");
+        assert!(take(&events, &second).is_some());
+    }
+
+    #[test]
+    fn a_waiting_subscriber_is_woken() {
+        let events = Events::default();
+        let subscription = events.subscribe();
+        let mut waiting = pin!(events.next(&subscription));
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(waiting.as_mut().poll(&mut context).is_pending());
+
+        events.out_of_memory("c");
+
+        assert!(waiting.as_mut().poll(&mut context).is_ready());
+    }
+
+    #[test]
+    fn the_backlog_is_bounded_and_loses_the_oldest() {
+        let events = Events::default();
+        for number in 0..=MAX_BACKLOG {
+            events.out_of_memory(&number.to_string());
+        }
+
+        let subscription = events.subscribe();
+
+        let Some(event::Event::Oom(oldest)) = take(&events, &subscription) else { panic!("no oom") };
+        assert_eq!(oldest.container_id, "1");
+        assert_eq!(events.backlog().events.len(), MAX_BACKLOG - 1);
+    }
+
+    #[test]
+    fn a_lost_event_cannot_be_acknowledged_in_place_of_another() {
+        let events = Events::default();
+        events.out_of_memory("first");
+        let subscription = events.subscribe();
+        let (number, _) = ready(events.next(&subscription)).unwrap().unwrap();
+        for _ in 0..MAX_BACKLOG {
+            events.out_of_memory("later");
+        }
+
+        events.acknowledge(number);
+
+        assert_eq!(events.backlog().events.len(), MAX_BACKLOG);
+    }
+}

@@ -30,6 +30,8 @@ const DEBUG_PARAMETER: &str = "mayu.debug";
 const RUN_DIRECTORY: &str = "/run/mayu";
 /// How long the launch of one process may take; a machine that emulates its CPU needs seconds.
 const LAUNCH_DEADLINE: Duration = Duration::from_secs(120);
+/// How long the shim may take to connect the streams of a process that it starts.
+const STREAM_DEADLINE: Duration = Duration::from_secs(30);
 /// Open files: each stream of a process is two. Containers without a limit of their own inherit it, as they
 /// do from containerd.
 const MAX_FILES: u64 = 1024 * 1024;
@@ -121,6 +123,7 @@ async fn boot(entered: Duration) -> Result<std::convert::Infallible> {
     let options = Options {
         program: "/proc/self/exe".into(),
         launch_deadline: LAUNCH_DEADLINE,
+        stream_deadline: STREAM_DEADLINE,
         run_directory: RUN_DIRECTORY.into(),
     };
     let _server = server::serve(options, rpc, streams, &log).await?;

@@ -156,3 +156,91 @@ fn encode(status: c_int) -> u32 {
         libc::WEXITSTATUS(status).cast_unsigned()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::UNIX_EPOCH;
+
+    use super::*;
+
+    fn exit(status: u32) -> Exit {
+        Exit { status, at: UNIX_EPOCH }
+    }
+
+    fn pid(number: i32) -> Pid {
+        Pid::from_raw(number)
+    }
+
+    #[test]
+    fn a_status_is_encoded_as_a_shell_does() {
+        // wait(2): the exit code in the second byte, or the signal in the low seven bits, 0x80 for a core dump.
+        assert_eq!(encode(0), 0);
+        assert_eq!(encode(42 << 8), 42);
+        assert_eq!(encode(255 << 8), 255);
+        assert_eq!(encode(libc::SIGKILL), 137);
+        assert_eq!(encode(libc::SIGSEGV | 0x80), 139);
+        assert_eq!(encode(40), 168);
+    }
+
+    #[test]
+    fn an_exit_reaches_its_watcher() {
+        let reaper = Arc::new(Reaper::default());
+        let mut watched = reaper.watch(pid(7));
+
+        reaper.record(pid(8), exit(1));
+        assert!(watched.try_recv().is_err());
+        reaper.record(pid(7), exit(2));
+
+        assert_eq!(watched.try_recv(), Ok(exit(2)));
+    }
+
+    #[test]
+    fn an_exit_during_a_launch_waits_for_its_watcher() {
+        let reaper = Arc::new(Reaper::default());
+        let launching = reaper.launching();
+        reaper.record(pid(7), exit(3));
+
+        let mut watched = reaper.watch(pid(7));
+
+        assert_eq!(watched.try_recv(), Ok(exit(3)));
+        drop(launching);
+    }
+
+    #[test]
+    fn a_stale_exit_is_not_taken_for_that_of_a_later_process() {
+        let reaper = Arc::new(Reaper::default());
+        reaper.record(pid(7), exit(1));
+        let (first, second) = (reaper.launching(), reaper.launching());
+        reaper.record(pid(8), exit(1));
+        drop(first);
+        drop(second);
+
+        let launching = reaper.launching();
+
+        assert!(reaper.watch(pid(7)).try_recv().is_err());
+        assert!(reaper.watch(pid(8)).try_recv().is_err());
+        drop(launching);
+    }
+
+    #[test]
+    fn unclaimed_exits_are_bounded() {
+        let reaper = Arc::new(Reaper::default());
+        let launching = reaper.launching();
+
+        for number in 0..2 * MAX_UNCLAIMED {
+            reaper.record(pid(i32::try_from(number).unwrap() + 1), exit(0));
+        }
+
+        assert_eq!(reaper.table().unclaimed.len(), MAX_UNCLAIMED);
+        drop(launching);
+    }
+
+    #[test]
+    fn only_a_watched_process_is_signalled() {
+        let reaper = Reaper::default();
+
+        let result = reaper.signal(Pid::this(), libc::SIGKILL);
+
+        assert_eq!(result, Err(Errno::ESRCH));
+    }
+}

@@ -32,6 +32,8 @@ pub struct Options {
     pub program: PathBuf,
     /// How long the launch of one process may take.
     pub launch_deadline: Duration,
+    /// How long the shim may take to connect the streams of a process that it starts.
+    pub stream_deadline: Duration,
     /// Where bundles, libcontainer's states and sockets are kept.
     pub run_directory: PathBuf,
 }
@@ -73,6 +75,7 @@ pub async fn serve(options: Options, rpc: Listener, streams: Listener, log: &Log
     let registry = Arc::new(Streams::default());
     let runtime = Arc::new(Runtime {
         launcher: Launcher { program: options.program, deadline: options.launch_deadline },
+        stream_deadline: options.stream_deadline,
         run_directory: options.run_directory,
         reaper,
         events: Arc::clone(&events),

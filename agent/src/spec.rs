@@ -209,3 +209,152 @@ fn home_directory(root: &Path, uid: u32) -> Option<String> {
 fn missing(field: &str) -> Error {
     Error::InvalidSpec(format!("{field} is missing"))
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn any(type_url: &str, value: &Value) -> Any {
+        Any { type_url: type_url.into(), value: serde_json::to_vec(value).unwrap(), ..Any::default() }
+    }
+
+    fn document(root: &Path) -> Value {
+        json!({
+            "ociVersion": "1.2.0",
+            "root": {"path": root},
+            "process": {"args": ["sh"], "cwd": "/", "user": {"uid": 33, "gid": 34}, "env": ["A=1"]},
+            "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}], "cgroupsPath": "/../../etc"},
+        })
+    }
+
+    type Adapted = (Spec, Summary, Vec<(String, String)>);
+
+    fn adapt(document: &Value) -> Result<Adapted> {
+        let mut spec = read_spec(Some(&any(SPEC_TYPE_URL, document)))?;
+        let (summary, sysctls) = adapt_spec(&mut spec, "c", false)?;
+        Ok((spec, summary, sysctls))
+    }
+
+    fn reason(document: &Value) -> String {
+        match adapt(document) {
+            Err(Error::InvalidSpec(reason)) => reason,
+            Err(other) => panic!("{other}"),
+            Ok(_) => panic!("accepted"),
+        }
+    }
+
+    #[test]
+    fn ids_are_containerds() {
+        for id in ["a", "A-b_c.d", "0123456789abcdef", &"x".repeat(76)] {
+            assert!(check_id(id).is_ok(), "{id}");
+        }
+        for id in
+            ["", ".", "..", "../x", "a/b", "a b", "-a", "a-", "a..b", "a-_b", "ä", "a\n", &"x".repeat(77)]
+        {
+            assert!(check_id(id).is_err(), "{id}");
+        }
+    }
+
+    #[test]
+    fn documents_of_another_type_are_refused() {
+        let process = any(PROCESS_TYPE_URL, &json!({}));
+
+        assert!(
+            matches!(read_spec(Some(&process)), Err(Error::InvalidSpec(text)) if text.contains("Process"))
+        );
+        assert!(matches!(read_spec(None), Err(Error::InvalidSpec(_))));
+        assert!(matches!(read_process(Some(&any(PROCESS_TYPE_URL, &json!(1)))), Err(Error::InvalidSpec(_))));
+        assert!(read_resources(Some(&any(RESOURCES_TYPE_URL, &json!({"pids": {"limit": 5}})))).is_ok());
+    }
+
+    #[test]
+    fn the_container_gets_its_own_cgroup_whatever_it_asks_for() {
+        let root = tempfile::tempdir().unwrap();
+
+        let (spec, summary, _) = adapt(&document(root.path())).unwrap();
+
+        let path = spec.linux().as_ref().unwrap().cgroups_path().clone();
+        assert_eq!(path, Some("/mayu/c".into()));
+        assert_eq!((summary.uid, summary.gid, summary.own_pid_namespace), (33, 34, true));
+    }
+
+    #[test]
+    fn what_the_guest_lacks_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let with = |change: &dyn Fn(&mut Value)| {
+            let mut document = document(root.path());
+            change(&mut document);
+            reason(&document)
+        };
+
+        assert!(with(&|d| d["root"]["path"] = json!("/no/root")).contains("/no/root"));
+        assert!(with(&|d| d["root"]["path"] = json!("relative")).contains("relative"));
+        assert!(with(&|d| drop(d.as_object_mut().unwrap().remove("root"))).contains("root"));
+        assert!(with(&|d| drop(d.as_object_mut().unwrap().remove("linux"))).contains("linux"));
+        assert!(with(&|d| d["process"]["args"] = json!([])).contains("process.args"));
+        assert!(with(&|d| d["process"]["cwd"] = json!("here")).contains("process.cwd"));
+        let bind = json!([{"destination": "/m", "source": "/no/source", "options": ["rbind"]}]);
+        assert!(with(&|d| d["mounts"] = bind.clone()).contains("/no/source"));
+        let namespace = json!([{"type": "ipc", "path": "/no/namespace"}]);
+        assert!(with(&|d| d["linux"]["namespaces"] = namespace.clone()).contains("/no/namespace"));
+    }
+
+    #[test]
+    fn sysctls_of_a_shared_network_are_the_guests() {
+        let root = tempfile::tempdir().unwrap();
+        let mut document = document(root.path());
+        document["linux"]["sysctl"] = json!({"net.ipv4.ip_forward": "1", "kernel.shmmax": "2"});
+
+        let (spec, _, sysctls) = adapt(&document).unwrap();
+
+        assert_eq!(sysctls, [("net.ipv4.ip_forward".to_owned(), "1".to_owned())]);
+        let left = spec.linux().as_ref().unwrap().sysctl().clone().unwrap();
+        assert_eq!(left.keys().collect::<Vec<_>>(), ["kernel.shmmax"]);
+    }
+
+    #[test]
+    fn home_is_looked_up_inside_the_container() {
+        let root = tempfile::tempdir().unwrap();
+        let home = |uid: u32| {
+            let mut document = document(root.path());
+            document["process"]["user"]["uid"] = json!(uid);
+            let (spec, ..) = adapt(&document).unwrap();
+            spec.process().as_ref().unwrap().env().clone().unwrap()
+        };
+        assert_eq!(home(33), ["A=1", "HOME=/"]);
+
+        std::fs::create_dir(root.path().join("etc")).unwrap();
+        let passwd = root.path().join("etc/passwd");
+        std::fs::write(&passwd, "nonsense\nroot:x:0:0::/root:/bin/sh\nwww:x:33:33::/var/www:/bin/sh\n")
+            .unwrap();
+        assert_eq!(home(33), ["A=1", "HOME=/var/www"]);
+        assert_eq!(home(4), ["A=1", "HOME=/"]);
+
+        // A link out of the container leads nowhere.
+        std::fs::remove_file(&passwd).unwrap();
+        std::os::unix::fs::symlink("/proc/self/environ", &passwd).unwrap();
+        assert_eq!(home(33), ["A=1", "HOME=/"]);
+    }
+
+    #[test]
+    fn a_process_is_adapted_to_the_guest() {
+        let root = tempfile::tempdir().unwrap();
+        let mut process: Process = serde_json::from_value(json!({
+            "args": ["sh"], "cwd": "/", "user": {"uid": 0, "gid": 0}, "env": ["HOME=/mine"],
+            "noNewPrivileges": false, "apparmorProfile": "cri-containerd.apparmor.d", "selinuxLabel": "x",
+            "consoleSize": {"width": 80, "height": 25},
+        }))
+        .unwrap();
+
+        let size = adapt_process(&mut process, root.path(), true).unwrap();
+
+        assert_eq!(size, Some((80, 25)));
+        assert_eq!(process.terminal(), Some(true));
+        assert_eq!(process.no_new_privileges(), None);
+        assert_eq!(process.apparmor_profile(), &None);
+        assert_eq!(process.selinux_label(), &None);
+        assert_eq!(process.env().as_deref(), Some(&["HOME=/mine".to_owned()][..]));
+    }
+}

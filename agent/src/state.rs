@@ -101,3 +101,65 @@ impl fmt::Display for Action {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Action::*;
+    use super::State::*;
+    use super::*;
+
+    const STATES: [State; 7] = [Creating, Created, Starting, Running, Paused, Stopped, Deleting];
+    const ACTIONS: [Action; 12] = [
+        FinishCreate,
+        Start,
+        FinishStart,
+        Exec,
+        Pause,
+        Resume,
+        Kill,
+        Resize,
+        Inspect,
+        Exit,
+        Delete,
+        AbandonDelete,
+    ];
+
+    fn allowed(state: State) -> Vec<Action> {
+        ACTIONS.into_iter().filter(|action| state.after(*action).is_some()).collect()
+    }
+
+    #[test]
+    fn each_state_allows_what_it_should_and_no_more() {
+        assert_eq!(allowed(Creating), [FinishCreate, Exit]);
+        assert_eq!(allowed(Created), [Start, Kill, Resize, Inspect, Exit, Delete]);
+        assert_eq!(allowed(Starting), [FinishStart, Kill, Resize, Inspect, Exit]);
+        assert_eq!(allowed(Running), [Exec, Pause, Kill, Resize, Inspect, Exit]);
+        assert_eq!(allowed(Paused), [Resume, Kill, Resize, Inspect, Exit]);
+        assert_eq!(allowed(Stopped), [Delete]);
+        assert_eq!(allowed(Deleting), [AbandonDelete]);
+    }
+
+    #[test]
+    fn a_life_leads_through_the_states() {
+        let life = [FinishCreate, Start, FinishStart, Exec, Pause, Kill, Resume, Exit, Delete];
+
+        let states = life.iter().scan(Creating, |state, action| {
+            *state = state.after(*action)?;
+            Some(*state)
+        });
+
+        let expected = [Created, Starting, Running, Running, Paused, Paused, Running, Stopped, Deleting];
+        assert_eq!(states.collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn nothing_but_an_abandoned_delete_returns_from_the_end() {
+        for state in STATES {
+            for action in ACTIONS.into_iter().filter(|action| *action != AbandonDelete) {
+                let after = state.after(action);
+                let ended = matches!(state, Stopped | Deleting);
+                assert!(!ended || after.is_none() || after == Some(Deleting), "{state} {action}");
+            }
+        }
+    }
+}

@@ -196,3 +196,95 @@ fn limit(text: &str) -> u64 {
         other => other.parse().unwrap_or(0),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A cgroup's files as a 6.12 kernel shows them, shortened.
+    fn fixture() -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        let files = [
+            ("pids.current", "3\n"),
+            ("pids.max", "100\n"),
+            (
+                "cpu.stat",
+                "usage_usec 900\nuser_usec 600\nsystem_usec 300\nnice_usec 0\nnr_periods 4\nnr_throttled 2\nthrottled_usec 50\nnr_bursts 1\nburst_usec 7\n",
+            ),
+            (
+                "cpu.pressure",
+                "some avg10=1.50 avg60=0.25 avg300=0.00 total=1234\nfull avg10=0.50 avg60=0.00 avg300=0.00 total=99\n",
+            ),
+            ("memory.current", "8192\n"),
+            ("memory.peak", "16384\n"),
+            ("memory.max", "67108864\n"),
+            ("memory.swap.max", "max\n"),
+            (
+                "memory.stat",
+                "anon 4096\nfile 2048\nfile_mapped 11\nworkingset_refault_anon 1\nworkingset_refault_file 2\npgfault 77\n",
+            ),
+            ("memory.events", "low 0\nhigh 1\nmax 2\noom 3\noom_kill 4\noom_group_kill 5\n"),
+            ("io.stat", "8:0 rbytes=10 wbytes=20 rios=1 wios=2 dbytes=0 dios=0\n254:16 rbytes=5\nnonsense\n"),
+            ("hugetlb.2MB.current", "2097152\n"),
+            ("hugetlb.2MB.max", "max\n"),
+            ("hugetlb.2MB.events", "max 6\n"),
+            ("hugetlb.2MB.rsvd.current", "0\n"),
+        ];
+        for (name, text) in files {
+            fs::write(directory.path().join(name), text).unwrap();
+        }
+        directory
+    }
+
+    #[test]
+    fn every_file_is_read() {
+        let directory = fixture();
+
+        let metrics = read(directory.path());
+
+        assert_eq!((metrics.pids.current, metrics.pids.limit), (3, 100));
+        let cpu = &metrics.cpu;
+        assert_eq!((cpu.usage_usec, cpu.user_usec, cpu.system_usec), (900, 600, 300));
+        assert_eq!((cpu.nr_periods, cpu.nr_throttled, cpu.throttled_usec), (4, 2, 50));
+        assert_eq!((cpu.nr_bursts, cpu.burst_usec), (1, 7));
+        let memory = &metrics.memory;
+        assert_eq!((memory.usage, memory.max_usage, memory.usage_limit), (8192, 16384, 64 << 20));
+        assert_eq!(memory.swap_limit, u64::MAX);
+        assert_eq!((memory.anon, memory.file, memory.file_mapped, memory.pgfault), (4096, 2048, 11, 77));
+        assert_eq!(memory.workingset_refault, 3);
+        let events = &metrics.memory_events;
+        assert_eq!((events.high, events.oom, events.oom_kill, events.oom_group_kill), (1, 3, 4, 5));
+        let huge = &metrics.hugetlb[..];
+        assert_eq!(huge.len(), 1);
+        assert_eq!((huge[0].pagesize.as_str(), huge[0].current, huge[0].max), ("2MB", 2 << 20, u64::MAX));
+        assert_eq!(huge[0].failcnt, 6);
+    }
+
+    #[test]
+    fn io_is_told_by_device() {
+        let entries = io("8:0 rbytes=10 wbytes=20 rios=1 wios=2\n254:16 rbytes=5\nnonsense\n");
+
+        let fields: Vec<_> =
+            entries.iter().map(|e| (e.major, e.minor, e.rbytes, e.wbytes, e.rios, e.wios)).collect();
+        assert_eq!(fields, [(8, 0, 10, 20, 1, 2), (254, 16, 5, 0, 0, 0)]);
+    }
+
+    #[test]
+    fn pressure_has_both_lines() {
+        let directory = fixture();
+
+        let psi = read(directory.path()).cpu.psi.clone().unwrap();
+
+        assert_eq!((psi.some.avg10, psi.some.avg60, psi.some.total), (1.5, 0.25, 1234));
+        assert_eq!((psi.full.avg10, psi.full.total), (0.5, 99));
+    }
+
+    #[test]
+    fn what_is_missing_counts_as_nothing() {
+        let metrics = read(Path::new("/no/such/cgroup"));
+
+        assert_eq!((metrics.memory.usage, metrics.pids.limit, metrics.cpu.usage_usec), (0, 0, 0));
+        assert!(metrics.io.usage.is_empty() && metrics.hugetlb.is_empty());
+        assert!(metrics.cpu.psi.is_none());
+    }
+}

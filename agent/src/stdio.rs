@@ -14,8 +14,8 @@ use nix::unistd::{Gid, Uid, fchown, pipe2};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe::{Receiver, Sender};
 use tokio::sync::Notify;
-use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout_at};
+use tokio::task::{JoinHandle, yield_now};
+use tokio::time::{Instant, timeout, timeout_at};
 use ttrpc::asynchronous::transport::Socket;
 
 use crate::error::{Error, Result};
@@ -225,16 +225,25 @@ impl Drop for Copies {
     }
 }
 
-/// Copies until the shim ends its stream, `close` is notified or nobody reads any more.
+/// Copies until the shim ends its stream or nobody reads any more; or, once `close` is notified, until all has
+/// been copied that had arrived.
 async fn copy_input(mut socket: Socket, mut sink: Sender, close: Arc<Notify>) {
     let mut buffer = Vec::with_capacity(BUFFER_SIZE);
+    let mut closing = false;
     loop {
         buffer.clear();
-        // What has arrived goes first.
-        let read = tokio::select! {
-            biased;
-            read = socket.read_buf(&mut buffer) => read,
-            () = close.notified() => return,
+        let read = if closing {
+            // Lets the runtime look at the socket, so that what is there is found without waiting.
+            yield_now().await;
+            timeout(Duration::ZERO, socket.read_buf(&mut buffer)).await.unwrap_or(Ok(0))
+        } else {
+            tokio::select! {
+                read = socket.read_buf(&mut buffer) => read,
+                () = close.notified() => {
+                    closing = true;
+                    continue;
+                }
+            }
         };
         if !matches!(read, Ok(1..)) || sink.write_all(&buffer).await.is_err() {
             return;
@@ -283,4 +292,202 @@ fn null() -> Result<OwnedFd> {
         path: "/dev/null".into(),
         source: io::Error::from(errno),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use nix::pty::openpty;
+    use nix::unistd::{getegid, geteuid};
+    use tokio::net::UnixStream;
+
+    use super::*;
+
+    fn own(request: &StdioRequest) -> (Ends, ChildStdio) {
+        request.pipes(geteuid().as_raw(), getegid().as_raw()).unwrap()
+    }
+
+    fn all() -> StdioRequest {
+        let stream = |number: u64| StreamId(number).to_string();
+        StdioRequest { terminal: false, stdin: stream(1), stdout: stream(2), stderr: stream(3) }
+    }
+
+    fn connected() -> (ConnectedStdio, [UnixStream; 3]) {
+        let (stdin, shim_stdin) = UnixStream::pair().unwrap();
+        let (stdout, shim_stdout) = UnixStream::pair().unwrap();
+        let (stderr, shim_stderr) = UnixStream::pair().unwrap();
+        let connected = ConnectedStdio {
+            stdin: Some(Socket::new(stdin)),
+            stdout: Some(Socket::new(stdout)),
+            stderr: Some(Socket::new(stderr)),
+        };
+        (connected, [shim_stdin, shim_stdout, shim_stderr])
+    }
+
+    fn writer(fd: OwnedFd) -> Sender {
+        Sender::from_owned_fd(fd).unwrap()
+    }
+
+    fn reader(fd: OwnedFd) -> Receiver {
+        Receiver::from_owned_fd(fd).unwrap()
+    }
+
+    #[tokio::test]
+    async fn output_arrives_whole_and_ends_with_its_last_writer() {
+        let (ends, [_stdin, stdout, stderr]) = own(&all());
+        let (connected, [_shim_stdin, mut shim_stdout, mut shim_stderr]) = connected();
+        let copies = connected.copy(ends);
+        let data: Vec<u8> = (0..1_000_000_u32).map(|number| number as u8).collect();
+
+        // More than the pipe and the socket hold: the writer is held back until the shim reads.
+        let mut stdout = writer(stdout);
+        let write = async {
+            stdout.write_all(&data).await.unwrap();
+            drop(stdout);
+            drop(stderr);
+        };
+        let mut received = (Vec::new(), Vec::new());
+        let ((), out, err) = tokio::join!(
+            write,
+            shim_stdout.read_to_end(&mut received.0),
+            shim_stderr.read_to_end(&mut received.1)
+        );
+
+        assert_eq!((out.unwrap(), err.unwrap()), (data.len(), 0));
+        assert!(received.0 == data);
+        copies.finish(Duration::from_secs(60)).await;
+    }
+
+    #[tokio::test]
+    async fn input_arrives_whole_and_ends_with_the_shims() {
+        let (ends, [stdin, _stdout, _stderr]) = own(&all());
+        let (connected, [mut shim_stdin, _shim_stdout, _shim_stderr]) = connected();
+        let _copies = connected.copy(ends);
+        let data: Vec<u8> = (0..1_000_000_u32).map(|number| number as u8).collect();
+
+        let mut received = Vec::new();
+        let mut stdin = reader(stdin);
+        let write = async {
+            shim_stdin.write_all(&data).await.unwrap();
+            shim_stdin.shutdown().await.unwrap();
+        };
+        let ((), read) = tokio::join!(write, stdin.read_to_end(&mut received));
+
+        assert_eq!(read.unwrap(), data.len());
+        assert!(received == data);
+    }
+
+    #[tokio::test]
+    async fn input_can_be_closed_after_what_has_arrived() {
+        let (ends, [stdin, _stdout, _stderr]) = own(&all());
+        let (connected, [mut shim_stdin, _shim_stdout, _shim_stderr]) = connected();
+        shim_stdin.write_all(b"arrived").await.unwrap();
+        let copies = connected.copy(ends);
+
+        copies.close_stdin();
+
+        let mut received = String::new();
+        reader(stdin).read_to_string(&mut received).await.unwrap();
+        assert_eq!(received, "arrived");
+    }
+
+    #[tokio::test]
+    async fn input_that_nobody_reads_is_let_go() {
+        let (ends, [stdin, _stdout, _stderr]) = own(&all());
+        let (connected, [mut shim_stdin, _shim_stdout, _shim_stderr]) = connected();
+        let _copies = connected.copy(ends);
+        drop(stdin);
+
+        shim_stdin.write_all(b"lost").await.unwrap();
+
+        // The stream ends, which tells the shim.
+        let mut nothing = Vec::new();
+        let read = shim_stdin.read_to_end(&mut nothing).await;
+        assert!(nothing.is_empty() && !matches!(read, Ok(1..)));
+    }
+
+    #[tokio::test]
+    async fn a_shim_that_has_gone_lets_the_writer_know() {
+        let (ends, [_stdin, stdout, _stderr]) = own(&all());
+        let (connected, [_shim_stdin, shim_stdout, _shim_stderr]) = connected();
+        drop(shim_stdout);
+        let _copies = connected.copy(ends);
+
+        let mut stdout = writer(stdout);
+        let data = vec![0; 1_000_000];
+        let result = stdout.write_all(&data).await;
+
+        assert_eq!(result.unwrap_err().kind(), ErrorKind::BrokenPipe);
+    }
+
+    #[tokio::test]
+    async fn finishing_gives_up_on_what_the_shim_does_not_take() {
+        let (ends, [_stdin, stdout, _stderr]) = own(&all());
+        let (connected, [_shim_stdin, shim_stdout, _shim_stderr]) = connected();
+        let copies = connected.copy(ends);
+
+        copies.finish(Duration::ZERO).await;
+
+        let mut stdout = writer(stdout);
+        let data = vec![0; 1_000_000];
+        assert_eq!(stdout.write_all(&data).await.unwrap_err().kind(), ErrorKind::BrokenPipe);
+        drop(shim_stdout);
+    }
+
+    #[tokio::test]
+    async fn a_terminal_is_copied_both_ways_and_ends_with_a_hang_up() {
+        let pty = openpty(None, None).unwrap();
+        let ends = Ends::of_terminal(&pty.master).unwrap();
+        let (mut connected, [mut shim_stdin, mut shim_stdout, _]) = connected();
+        connected.stderr = None;
+        let copies = connected.copy(ends);
+        shim_stdin.write_all(b"typed\n").await.unwrap();
+
+        // The terminal echoes what is typed.
+        let mut echo = [0; 7];
+        shim_stdout.read_exact(&mut echo).await.unwrap();
+        assert_eq!(&echo, b"typed\r\n");
+        nix::unistd::write(&pty.slave, b"printed").unwrap();
+        drop(pty.slave);
+
+        let mut rest = String::new();
+        shim_stdout.read_to_string(&mut rest).await.unwrap();
+        assert_eq!(rest, "printed");
+        copies.finish(Duration::from_secs(60)).await;
+    }
+
+    #[tokio::test]
+    async fn a_stream_nobody_asked_for_is_dev_null() {
+        let (ends, child) = own(&StdioRequest::default());
+
+        assert!(ends.stdin.is_none() && ends.stdout.is_none() && ends.stderr.is_none());
+        for fd in &child {
+            let name = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap();
+            assert_eq!(name, std::path::Path::new("/dev/null"));
+        }
+    }
+
+    #[tokio::test]
+    async fn only_stream_ids_are_expected() {
+        let streams = Arc::new(Streams::default());
+        let with = |request: StdioRequest| request.expect(&streams).map(drop);
+
+        let fifo = StdioRequest { stdout: "/run/fifo".into(), ..StdioRequest::default() };
+        let terminal = StdioRequest { terminal: true, stderr: "stream:9".into(), ..StdioRequest::default() };
+
+        assert!(matches!(with(fifo), Err(Error::InvalidRequest(text)) if text.contains("/run/fifo")));
+        assert!(matches!(with(terminal), Err(Error::InvalidRequest(_))));
+        assert!(with(all()).is_ok());
+    }
+
+    #[tokio::test]
+    async fn the_missing_stream_is_named() {
+        let streams = Arc::new(Streams::default());
+        let expected = StdioRequest { stderr: "stream:9".into(), ..StdioRequest::default() }.expect(&streams);
+
+        let error = expected.unwrap().connected("container \"c\"", Duration::ZERO).await.err().unwrap();
+
+        assert_eq!(error.to_string(), "stderr (stream:9) of container \"c\" was not connected within 0 s");
+    }
 }

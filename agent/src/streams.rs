@@ -118,3 +118,78 @@ impl Drop for Expected {
         self.streams.expected().remove(&self.id);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use slog::{Discard, o};
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::UnixStream;
+
+    use super::*;
+
+    fn log() -> Logger {
+        Logger::root(Discard, o!())
+    }
+
+    const SOON: Duration = Duration::from_secs(60);
+
+    #[tokio::test]
+    async fn a_connection_reaches_who_expects_it() {
+        let streams = Arc::new(Streams::default());
+        let expected = streams.expect(StreamId(7)).unwrap();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        ours.write_all(&[0, 0, 0, 0, 0, 0, 0, 7, b'x']).await.unwrap();
+
+        streams.deliver(Socket::new(theirs), &log()).await;
+
+        let mut socket = expected.connected(SOON).await.unwrap();
+        assert_eq!(socket.read_u8().await.unwrap(), b'x');
+        assert!(streams.expected().is_empty());
+    }
+
+    #[tokio::test]
+    async fn an_unknown_stream_is_closed() {
+        let streams = Arc::new(Streams::default());
+        let expected = streams.expect(StreamId(7)).unwrap();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        ours.write_u64(8).await.unwrap();
+
+        streams.deliver(Socket::new(theirs), &log()).await;
+
+        assert_eq!(ours.read(&mut [0]).await.unwrap(), 0);
+        assert_eq!(streams.expected().len(), 1);
+        drop(expected);
+    }
+
+    #[tokio::test]
+    async fn a_stream_is_expected_until_nobody_waits() {
+        let streams = Arc::new(Streams::default());
+        let expected = streams.expect(StreamId(7)).unwrap();
+        assert!(matches!(streams.expect(StreamId(7)), Err(Error::InvalidRequest(_))));
+
+        drop(expected);
+
+        assert!(streams.expect(StreamId(7)).is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_does_not_come_is_given_up() {
+        let streams = Arc::new(Streams::default());
+        let expected = streams.expect(StreamId(7)).unwrap();
+
+        assert!(expected.connected(Duration::ZERO).await.is_none());
+
+        assert!(streams.expected().is_empty());
+    }
+
+    #[tokio::test]
+    async fn the_table_is_bounded() {
+        let streams = Arc::new(Streams::default());
+        let all: Vec<_> = (0..MAX_EXPECTED as u64).map(|id| streams.expect(StreamId(id)).unwrap()).collect();
+
+        let one_more = streams.expect(StreamId(u64::MAX));
+
+        assert!(matches!(one_more, Err(Error::TooMany { .. })));
+        drop(all);
+    }
+}

@@ -137,3 +137,47 @@ fn describe(errno: Errno) -> String {
     let mut letters = text.chars();
     letters.next().map(|first| first.to_lowercase().chain(letters).collect()).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn a_program_is_found_as_go_finds_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        fs::create_dir(path("first")).unwrap();
+        fs::create_dir(path("second")).unwrap();
+        fs::write(path("first/tool"), "not executable").unwrap();
+        fs::write(path("second/tool"), "executable").unwrap();
+        fs::set_permissions(path("second/tool"), fs::Permissions::from_mode(0o755)).unwrap();
+        let search = format!("/no/such:{}:{}", path("first").display(), path("second").display());
+        let find = |name: &str| find_program(name, &search);
+        let absolute = |name: &str| path(name).to_str().unwrap().to_owned();
+
+        assert_eq!(find("tool"), Ok(path("second/tool")));
+        assert_eq!(find(&absolute("second/tool")), Ok(path("second/tool")));
+        assert_eq!(find("tol").unwrap_err(), "executable file not found in $PATH");
+        assert_eq!(find("").unwrap_err(), "executable file not found in $PATH");
+        assert_eq!(find_program("tool", "").unwrap_err(), "executable file not found in $PATH");
+        assert_eq!(find("/no/tool").unwrap_err(), "stat /no/tool: no such file or directory");
+        assert_eq!(find(&absolute("first/tool")).unwrap_err(), "permission denied");
+        assert_eq!(find(&absolute("first")).unwrap_err(), "is a directory");
+    }
+
+    #[test]
+    fn the_last_of_equal_names_stays_in_its_place() {
+        let entries = ["A=1", "B=2", "A=3", "C", "AB=4"].map(str::to_owned);
+
+        let kept: Vec<_> = environment(&entries).map(String::as_str).collect();
+
+        assert_eq!(kept, ["B=2", "A=3", "C", "AB=4"]);
+    }
+
+    #[test]
+    fn a_nul_character_is_refused() {
+        assert!(c_strings(["a\0b"]).unwrap_err().contains("NUL"));
+    }
+}

@@ -150,7 +150,7 @@ impl Launcher {
         };
         let (reply, mut received) = match answer {
             Ok(Some(message)) => message,
-            Ok(None) | Err(Error::System { source: Errno::EAGAIN, .. }) => {
+            Ok(None) | Err(Error::System { source: Errno::EAGAIN | Errno::ECONNRESET, .. }) => {
                 return Err(Error::Launch("the launch helper died".into()));
             }
             Err(error) => return Err(error),
@@ -207,4 +207,50 @@ fn receive<T: DeserializeOwned>(socket: BorrowedFd<'_>) -> Result<Option<(T, Vec
     let message = serde_json::from_slice(&buffer[..length])
         .map_err(|error| Error::InvalidRequest(format!("launch message: {error}")))?;
     Ok(Some((message, descriptors)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sockets() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn a_message_arrives_with_its_descriptors() {
+        let (ours, theirs) = sockets();
+        let null = std::fs::File::open("/dev/null").unwrap();
+
+        send(ours.as_fd(), &Reply::Launched { pid: 7 }, &[null.into()]).unwrap();
+
+        let (reply, descriptors) = receive::<Reply>(theirs.as_fd()).unwrap().unwrap();
+        assert!(matches!(reply, Reply::Launched { pid: 7 }));
+        assert_eq!(descriptors.len(), 1);
+    }
+
+    #[test]
+    fn the_end_is_no_message() {
+        let (ours, theirs) = sockets();
+        drop(ours);
+
+        assert!(receive::<Reply>(theirs.as_fd()).unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_helper_that_says_nothing_is_reported() {
+        let log = slog::Logger::root(slog::Discard, slog::o!());
+        let reaper = Reaper::start(log).unwrap();
+        let launcher = Launcher { program: "/bin/false".into(), deadline: Duration::from_secs(60) };
+        let request = Request {
+            id: "c".into(),
+            state_directory: "/no/such".into(),
+            console_socket: None,
+            process: ProcessKind::Init { bundle: "/no/such".into() },
+        };
+
+        let error = launcher.launch(&reaper, &request, Vec::new()).await.unwrap_err();
+
+        assert!(matches!(&error, Error::Launch(reason) if reason.contains("died")), "{error}");
+    }
 }
