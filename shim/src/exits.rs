@@ -104,6 +104,8 @@ fn publish(pod: &Pod, sandbox: &Sandbox, process: &Process, status: u32) {
 
 /// Publishes an end that has been recorded.
 pub fn publish_exit(pod: &Pod, sandbox: &Sandbox, process: &Process, exit: Exit) {
+    let (container, id) = (&process.container_id, process.id());
+    debug!(pod.log, "process ended"; "container" => container, "process" => id, "status" => exit.status);
     pod.events.publish(TaskExit {
         container_id: process.container_id.clone(),
         id: process.id().into(),

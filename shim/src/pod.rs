@@ -1,7 +1,7 @@
 //! The pod: its VM and its containers, and the requests that make and unmake them.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest};
@@ -39,7 +39,7 @@ pub struct Pod {
     /// Set when the shim is to end.
     pub exit: CancellationToken,
     id: String,
-    state_root: std::path::PathBuf,
+    state_root: PathBuf,
     state: Mutex<PodState>,
 }
 
@@ -157,12 +157,8 @@ impl Pod {
             spec::for_guest(spec, &container.id, &container.bundle, &log)?;
         let storage =
             Storage { container_id: container.id.clone(), rootfs: request.rootfs.clone(), root, binds };
-        let blueprint = Blueprint {
-            id: self.id.clone(),
-            hostname: hostname.unwrap_or_else(|| self.id.clone()),
-            cgroup: cgroups_path,
-        };
-        let sandbox = self.sandbox_with(storage, blueprint).await?;
+        let hostname = hostname.unwrap_or_else(|| self.id.clone());
+        let sandbox = self.sandbox_with(storage, hostname, cgroups_path).await?;
         let options = any(SPEC_TYPE_URL, &spec)?;
         self.attach_process(&sandbox, &container.init, |names| {
             let request = CreateTaskRequest {
@@ -222,7 +218,12 @@ impl Pod {
     }
 
     /// Mounts a container's files, booting the VM at the same time if there is none.
-    async fn sandbox_with(self: &Arc<Self>, storage: Storage, blueprint: Blueprint) -> Result<Arc<Sandbox>> {
+    async fn sandbox_with(
+        self: &Arc<Self>,
+        storage: Storage,
+        hostname: String,
+        cgroup: Option<PathBuf>,
+    ) -> Result<Arc<Sandbox>> {
         let claimed = {
             let mut state = self.lock();
             let vm = state.vm.clone();
@@ -240,7 +241,7 @@ impl Pod {
             Vm::Gone(_, reason) => Err(Error::SandboxGone(reason)),
             Vm::Booting => Err(Error::NoSandbox),
             Vm::Absent => {
-                let booted = self.boot(storage, blueprint).await;
+                let booted = self.boot(storage, hostname, cgroup).await;
                 if booted.is_err() {
                     self.lock().vm = Vm::Absent;
                 }
@@ -249,18 +250,24 @@ impl Pod {
         }
     }
 
-    async fn boot(self: &Arc<Self>, storage: Storage, blueprint: Blueprint) -> Result<Arc<Sandbox>> {
+    async fn boot(
+        self: &Arc<Self>,
+        storage: Storage,
+        hostname: String,
+        cgroup: Option<PathBuf>,
+    ) -> Result<Arc<Sandbox>> {
         let config = Config::load()?;
         check_memory(&config)?;
         let dir = StateDir::new(&self.state_root, &self.namespace, &self.id)?;
         let made = dir.clone();
         blocking(move || crate::delete::make_anew(&made)).await?;
-        let booted = boot_with(config, &dir, storage, blueprint, self.log.clone()).await;
-        let (sandbox, signs, events) = match booted {
+        let (id, log) = (self.id.clone(), self.log.clone());
+        let blueprint = Blueprint { id, hostname, cgroup, config, dir: dir.clone(), log };
+        let share = dir.clone();
+        let (sandbox, signs, events) = match Sandbox::boot(blueprint, move || storage.attach(&share)).await {
             Ok(parts) => parts,
             Err(error) => {
-                let made = dir.clone();
-                if let Err(error) = blocking(move || made.remove()).await {
+                if let Err(error) = blocking(move || dir.remove()).await {
                     warn!(self.log, "the pod's directory stays"; "error" => error.to_string());
                 }
                 return Err(error);
@@ -455,33 +462,6 @@ impl Pod {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, PodState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The VM and the first container's files at the same time. A failure of one does not wait for the other.
-async fn boot_with(
-    config: Config,
-    dir: &StateDir,
-    storage: Storage,
-    blueprint: Blueprint,
-    log: Logger,
-) -> Result<(Sandbox, crate::sandbox::Signs, crate::agent::AgentEvents)> {
-    let attached = {
-        let dir = dir.clone();
-        blocking(move || storage.attach(&dir))
-    };
-    let booted = Sandbox::boot(config, dir.clone(), blueprint, log);
-    let (mut attached, mut booted) = (std::pin::pin!(attached), std::pin::pin!(booted));
-    tokio::select! {
-        // Mounting cannot be stopped half way, so it is waited for in any case.
-        booted = &mut booted => {
-            attached.await?;
-            booted
-        }
-        attached = &mut attached => {
-            attached?;
-            booted.await
-        }
     }
 }
 

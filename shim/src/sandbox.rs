@@ -12,7 +12,7 @@ use slog::{Logger, info, warn};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, timeout_at};
 
 use crate::agent::{Agent, AgentEvents, read_hello};
@@ -28,7 +28,7 @@ use crate::{Error, Result};
 /// The guest's vsock context id. It need not differ from pod to pod: each VMM has a vsock of its own.
 const GUEST_CID: u32 = 3;
 
-/// What a VM is made of, beside the configuration.
+/// What a VM is made of.
 #[derive(Clone, Debug)]
 pub struct Blueprint {
     /// The pod.
@@ -37,6 +37,12 @@ pub struct Blueprint {
     pub hostname: String,
     /// Where the VMM belongs in the host's cgroup hierarchy.
     pub cgroup: Option<PathBuf>,
+    /// The operator's configuration.
+    pub config: Config,
+    /// The pod's directory, which has been made.
+    pub dir: StateDir,
+    /// Lines name the pod.
+    pub log: Logger,
 }
 
 /// A running VM.
@@ -65,7 +71,7 @@ pub struct Signs {
     console: Console,
 }
 
-/// What [`bring_up`] ends with.
+/// A guest that has come up.
 struct Up {
     agent: Agent,
     agent_events: AgentEvents,
@@ -73,36 +79,28 @@ struct Up {
 }
 
 impl Sandbox {
-    /// Starts the VMM, boots the guest and waits for its agent. The pod's directory has been made.
+    /// Starts the VMM, boots the guest and waits for its agent. `attach` mounts the first container's files on the
+    /// share while the guest boots; what was mounted before, the VMM would not see.
     ///
     /// # Errors
     /// The step that failed, with the end of the guest's console where it may tell more; then there is no process
-    /// and no cgroup, and the directory is as before.
+    /// and no cgroup. The directory stays, with what is mounted there.
     pub async fn boot(
-        config: Config,
-        dir: StateDir,
         blueprint: Blueprint,
-        log: Logger,
+        attach: impl FnOnce() -> Result<()> + Send + 'static,
     ) -> Result<(Self, Signs, AgentEvents)> {
+        let Blueprint { config, dir, log, .. } = &blueprint;
         let files = HostFiles::open(&config.vm)?;
-        let deadline = Instant::now() + config.timeouts.boot();
         let (mut console, console_writer) = Console::pipe(Source::Guest, log.clone())?;
-        let machine = machine(&config, &blueprint.id);
+        let machine = machine(config, &blueprint.id);
         let building = Building { machine, files, share: dir.share(), console: console_writer };
-        let spawned = VmmProcess::spawn(&config, building, &log).await?;
-        let Spawned { process: vmm, client, events: mut vmm_events, built } = spawned;
+        let mut spawned = VmmProcess::spawn(config, building, log).await?;
         let mut cgroups = Vec::new();
-        let up = async {
-            enter_cgroup(&dir, vmm.pid, blueprint.cgroup.as_deref(), &mut cgroups, &log)?;
-            built.await.unwrap_or(Err(Error::Vmm(mayu_vmm_api::Error::Closed)))?;
-            bring_up(&config, &client, &mut vmm_events, &blueprint, &log).await
-        };
-        let outcome = timeout_at(deadline, up).await.unwrap_or_else(|_| {
-            Err(Error::BootTimeout { seconds: config.timeouts.boot, console: String::new() })
-        });
-        match outcome {
+        let up = come_up(&blueprint, &mut spawned, &mut cgroups, attach).await;
+        let Spawned { process: vmm, client, events: vmm_events, .. } = spawned;
+        match up {
             Ok(Up { agent, agent_events, ready }) => {
-                let signs = Signs { vmm_events, ready, console };
+                let Blueprint { config, dir, log, .. } = blueprint;
                 let sandbox = Self {
                     config,
                     dir,
@@ -115,7 +113,7 @@ impl Sandbox {
                     ended: watch::Sender::new(None),
                     log,
                 };
-                Ok((sandbox, signs, agent_events))
+                Ok((sandbox, Signs { vmm_events, ready, console }, agent_events))
             }
             Err(error) => {
                 let end = vmm.kill().await;
@@ -214,41 +212,66 @@ fn machine(config: &Config, id: &str) -> VmConfig {
 }
 
 /// Puts the VMM into the pod's cgroup before it allocates anything, and writes down how to find both.
-fn enter_cgroup(
-    dir: &StateDir,
-    pid: i32,
-    path: Option<&Path>,
-    made: &mut Vec<PathBuf>,
-    log: &Logger,
-) -> Result<()> {
+fn enter_cgroup(blueprint: &Blueprint, pid: i32, made: &mut Vec<PathBuf>) -> Result<()> {
     let mount = Path::new(cgroup::MOUNT);
-    match path {
+    match &blueprint.cgroup {
         Some(path) if mount.join("cgroup.controllers").exists() => {
             *made = cgroup::enter(&cgroup::directory(mount, path), pid)?;
         }
-        Some(_) => warn!(log, "the VMM stays in the shim's cgroup: the host has no cgroup v2"),
+        Some(_) => warn!(blueprint.log, "the VMM stays in the shim's cgroup: the host has no cgroup v2"),
         None => {}
     }
     let start_time = start_time(pid).unwrap_or_default();
-    dir.write_record(&Record { pid, start_time, cgroups: made.clone() })
+    blueprint.dir.write_record(&Record { pid, start_time, cgroups: made.clone() })
 }
 
-/// From built to ready: the vCPUs run, the agent announces itself and is connected to.
-async fn bring_up(
-    config: &Config,
-    client: &VmmClient,
-    events: &mut EventStream,
+/// From a forked VMM to a guest whose agent answers, with the first container's files mounted.
+async fn come_up(
     blueprint: &Blueprint,
-    log: &Logger,
+    spawned: &mut Spawned,
+    cgroups: &mut Vec<PathBuf>,
+    attach: impl FnOnce() -> Result<()> + Send + 'static,
 ) -> Result<Up> {
+    let deadline = Instant::now() + blueprint.config.timeouts.boot();
+    let seconds = blueprint.config.timeouts.boot;
+    let too_late = |_| Error::BootTimeout { seconds, console: String::new() };
+    enter_cgroup(blueprint, spawned.process.pid, cgroups)?;
+    let built = timeout_at(deadline, &mut spawned.built).await.map_err(too_late)?;
+    built.map_err(|_| Error::Vmm(mayu_vmm_api::Error::Closed))??;
+    let run = run_guest(blueprint, &spawned.client, &mut spawned.events);
+    let run = async { timeout_at(deadline, run).await.map_err(too_late)? };
+    both(run, spawn_blocking(attach)).await
+}
+
+/// Runs the guest and mounts its files at the same time. A failed mount does not wait for the guest; a guest that
+/// fails waits for the mounting, which cannot be stopped half way.
+async fn both(run: impl Future<Output = Result<Up>>, mut attaching: JoinHandle<Result<()>>) -> Result<Up> {
+    let ended = |_| Error::System { operation: "mount", source: std::io::Error::other("it was cut short") };
+    let mut run = std::pin::pin!(run);
+    tokio::select! {
+        up = &mut run => {
+            let attached = attaching.await.map_err(ended);
+            let up = up?;
+            attached??;
+            Ok(up)
+        }
+        attached = &mut attaching => {
+            attached.map_err(ended)??;
+            run.await
+        }
+    }
+}
+
+/// Lets the vCPUs run, waits until the agent announces itself and connects to it.
+async fn run_guest(blueprint: &Blueprint, client: &VmmClient, events: &mut EventStream) -> Result<Up> {
     client.request(Request::Resume, &[]).await?;
     let mut ready = announced(events).await?;
     let hello = read_hello(&mut ready).await?;
     let stream = connect(client, RPC_PORT).await?;
-    let agent = Agent::new(stream, config.timeouts.request());
+    let agent = Agent::new(stream, blueprint.config.timeouts.request());
     agent.configure(&blueprint.hostname).await?;
     let agent_events = agent.events().await?;
-    info!(log, "VM is up"; "kernel_us" => hello.kernel_us, "agent_us" => hello.agent_us);
+    info!(blueprint.log, "VM is up"; "kernel_us" => hello.kernel_us, "agent_us" => hello.agent_us);
     Ok(Up { agent, agent_events, ready })
 }
 
