@@ -180,8 +180,9 @@ fn describe(error: &Error, log: ErrorLog) -> String {
     if let Some(start) = text.find("exec: ") {
         return text[start..].trim_end_matches('\0').to_owned();
     }
-    match log.first_line() {
-        Some(line) if !text.contains(&line) => format!("{text}: {line}"),
-        _ => text,
-    }
+    // The phrases with which libcontainer passes a failure from its inner processes to its outer ones.
+    let stages =
+        ["error in executing process : ", "exec process failed with error ", "failed to create container: "];
+    let text = stages.iter().find_map(|stage| Some(text.rsplit_once(stage)?.1)).unwrap_or(&text);
+    log.explain(text)
 }

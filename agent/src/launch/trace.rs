@@ -14,8 +14,10 @@ use tracing::{Event, Level, Metadata, Subscriber};
 
 use crate::error::{Error, Result};
 
-/// The longest line kept, in bytes.
+/// The longest line kept, in characters.
 const MAX_LINE: usize = 1024;
+/// How much is read back, in bytes.
+const MAX_LOG: usize = 16 * 1024;
 
 /// Installs itself as the log of this process and those cloned from it; they share a pipe.
 pub struct ErrorLog {
@@ -40,12 +42,29 @@ impl ErrorLog {
         Ok(Self { read: File::from(read) })
     }
 
-    /// The first line kept, which is the innermost and most precise.
-    pub fn first_line(mut self) -> Option<String> {
-        let mut buffer = vec![0; MAX_LINE];
-        let length = self.read.read(&mut buffer).ok()?;
-        String::from_utf8_lossy(&buffer[..length]).lines().next().map(str::to_owned)
+    /// Adds to `text` what was logged: the first line, which is the innermost, and the system's reason.
+    pub fn explain(mut self, text: &str) -> String {
+        let mut buffer = vec![0; MAX_LOG];
+        let length = self.read.read(&mut buffer).unwrap_or(0);
+        explain(text, &String::from_utf8_lossy(&buffer[..length]))
     }
+}
+
+fn explain(text: &str, log: &str) -> String {
+    let mut explained = text.to_owned();
+    let first = log.lines().next().unwrap_or_default();
+    // The debug form of `std::io::Error`: its text is there even where an error does not pass it on.
+    let reason = log
+        .lines()
+        .find_map(|line| Some(line.split_once("message: \"")?.1.split_once('"')?.0))
+        .unwrap_or_default();
+    for more in [first, reason] {
+        if !explained.contains(more) {
+            explained.push_str(": ");
+            explained.push_str(more);
+        }
+    }
+    explained
 }
 
 struct PipeSubscriber {
@@ -62,7 +81,7 @@ impl Subscriber for PipeSubscriber {
         event.record(&mut line);
         let mut text = line.message;
         text.push_str(&line.fields);
-        let mut text: String = text.replace('\n', " ").chars().take(MAX_LINE / 4).collect();
+        let mut text: String = text.replace('\n', " ").chars().take(MAX_LINE).collect();
         text.push('\n');
         if let Ok(write) = self.write.try_clone() {
             // A full pipe holds enough.
@@ -95,5 +114,29 @@ impl Visit for Line {
         } else {
             write!(self.fields, ", {}: {value:?}", field.name())
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_innermost_line_and_the_systems_reason_are_added() {
+        let log = "failed to mount /proc: create directory failed\n\
+                   failed to prepare rootfs, err: Mount(Os { code: 2, message: \"No such file\" })\n";
+
+        let text = explain("failed to prepare rootfs", log);
+
+        assert_eq!(
+            text,
+            "failed to prepare rootfs: failed to mount /proc: create directory failed: No such file"
+        );
+    }
+
+    #[test]
+    fn nothing_is_said_twice() {
+        assert_eq!(explain("mount: No such file", "No such file\n"), "mount: No such file");
+        assert_eq!(explain("alone", ""), "alone");
     }
 }
