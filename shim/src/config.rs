@@ -107,26 +107,35 @@ impl Config {
         env::var_os(PATH_VARIABLE).map_or_else(|| DEFAULT_PATH.into(), PathBuf::from)
     }
 
-    /// Reads the configuration file. A missing file means the defaults, unless [`PATH_VARIABLE`] names it.
+    /// Reads the configuration file at [`Config::path`].
+    ///
+    /// # Errors
+    /// As [`Config::load_from`].
+    pub fn load() -> Result<Self> {
+        Self::load_from(&Self::path())
+    }
+
+    /// Reads a configuration file. A missing one means the defaults if it is [`DEFAULT_PATH`].
     ///
     /// # Errors
     /// [`Error::Config`] with the key and, where there is one, the line.
-    pub fn load() -> Result<Self> {
-        let path = Self::path();
-        let text = match fs::read_to_string(&path) {
+    pub fn load_from(path: &Path) -> Result<Self> {
+        let text = match fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound && path == Path::new(DEFAULT_PATH) => {
                 String::new()
             }
-            Err(error) => return Err(Error::Config { path, line: None, reason: error.to_string() }),
+            Err(error) => {
+                return Err(Error::Config { path: path.into(), line: None, reason: error.to_string() });
+            }
         };
-        Self::parse(&text, &path)
+        Self::parse(&text, path)
     }
 
     /// Parses the text of the file at `path`, which only messages name.
     ///
     /// # Errors
-    /// As [`Config::load`].
+    /// As [`Config::load_from`].
     pub fn parse(text: &str, path: &Path) -> Result<Self> {
         let config: Self = toml::from_str(text).map_err(|error| Error::Config {
             path: path.into(),
@@ -201,19 +210,24 @@ mod tests {
     }
 
     #[test]
+    fn only_the_default_file_may_be_missing() {
+        assert!(Config::load_from(Path::new("/nonexistent.toml")).is_err());
+    }
+
+    #[test]
     fn every_mistake_names_its_key_and_line() {
         let table = [
-            ("[vm]\nvcpus = 2\nmemroy_mib = 64\n", ":3: ", "memroy_mib"),
-            ("[vm]\nvcpus = \"two\"\n", ":2: ", "string"),
-            ("[vms]\n", ":1: ", "vms"),
-            ("[vm]\n\nmemory_mib = 63\n", ":3: ", "memory_mib: 63"),
-            ("[vm]\nmemory_mib = 65537\n", ":2: ", "memory_mib: 65537"),
-            ("[vm]\nvcpus = 33\n", ":2: ", "vcpus: 33"),
-            ("[vm]\nuid = 0\n", ":2: ", "uid"),
-            ("[vm]\nkernel = \"vmlinux\"\n", ":2: ", "kernel: vmlinux"),
-            ("[timeouts]\nboot = 0\n", ":2: ", "boot"),
-            ("[timeouts]\nboot = -1\n", ":2: ", "-1"),
-            ("[vm\n", ":1: ", ""),
+            ("[vm]\nvcpus = 2\nmemroy_mib = 64\n", ": line 3: ", "memroy_mib"),
+            ("[vm]\nvcpus = \"two\"\n", ": line 2: ", "string"),
+            ("[vms]\n", ": line 1: ", "vms"),
+            ("[vm]\n\nmemory_mib = 63\n", ": line 3: ", "memory_mib: 63"),
+            ("[vm]\nmemory_mib = 65537\n", ": line 2: ", "memory_mib: 65537"),
+            ("[vm]\nvcpus = 33\n", ": line 2: ", "vcpus: 33"),
+            ("[vm]\nuid = 0\n", ": line 2: ", "uid"),
+            ("[vm]\nkernel = \"vmlinux\"\n", ": line 2: ", "kernel: vmlinux"),
+            ("[timeouts]\nboot = 0\n", ": line 2: ", "boot"),
+            ("[timeouts]\nboot = -1\n", ": line 2: ", "-1"),
+            ("[vm\n", ": line 1: ", ""),
         ];
         for (text, line, key) in table {
             let message = parse(text).unwrap_err().to_string();

@@ -19,7 +19,7 @@ pub enum Error {
         reason: &'static str,
     },
     /// The configuration file cannot be read or says something impossible.
-    #[error("{}{}: {reason}", path.display(), line.map(|line| format!(":{line}")).unwrap_or_default())]
+    #[error("{}:{} {reason}", path.display(), line.map(|line| format!(" line {line}:")).unwrap_or_default())]
     Config {
         /// The file.
         path: PathBuf,

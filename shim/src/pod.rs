@@ -27,6 +27,15 @@ use crate::stdio::{Endpoints, Opened, Present, Streams};
 use crate::storage::{self, Storage};
 use crate::{Error, Result, exits, id};
 
+/// Where a pod finds and keeps things on the host.
+#[derive(Clone, Debug)]
+pub struct Roots {
+    /// The configuration file.
+    pub config: PathBuf,
+    /// All pods have their directories below it: [`crate::state_dir::ROOT`].
+    pub state: PathBuf,
+}
+
 /// All that the shim knows.
 #[derive(Debug)]
 pub struct Pod {
@@ -39,7 +48,7 @@ pub struct Pod {
     /// Set when the shim is to end.
     pub exit: CancellationToken,
     id: String,
-    state_root: PathBuf,
+    roots: Roots,
     state: Mutex<PodState>,
 }
 
@@ -61,15 +70,15 @@ enum Vm {
 }
 
 impl Pod {
-    /// A pod without a VM yet. Its directory will be below `state_root`.
-    pub fn new(id: &str, namespace: &str, state_root: &Path, events: Events, log: Logger) -> Arc<Self> {
+    /// A pod without a VM yet.
+    pub fn new(id: &str, namespace: &str, roots: Roots, events: Events, log: Logger) -> Arc<Self> {
         Arc::new(Self {
             namespace: namespace.into(),
             events,
             log,
             exit: CancellationToken::new(),
             id: id.into(),
-            state_root: state_root.into(),
+            roots,
             state: Mutex::default(),
         })
     }
@@ -256,9 +265,9 @@ impl Pod {
         hostname: String,
         cgroup: Option<PathBuf>,
     ) -> Result<Arc<Sandbox>> {
-        let config = Config::load()?;
+        let config = Config::load_from(&self.roots.config)?;
         check_memory(&config)?;
-        let dir = StateDir::new(&self.state_root, &self.namespace, &self.id)?;
+        let dir = StateDir::new(&self.roots.state, &self.namespace, &self.id)?;
         let made = dir.clone();
         blocking(move || crate::delete::make_anew(&made)).await?;
         let (id, log) = (self.id.clone(), self.log.clone());

@@ -3,7 +3,6 @@
 use std::env;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
-use std::path::Path;
 use std::time::Duration;
 
 use containerd_shim::Flags;
@@ -14,9 +13,10 @@ use tokio::time::timeout;
 use ttrpc::r#async::Server;
 use ttrpc::asynchronous::transport::Listener;
 
+use crate::config::Config;
 use crate::error::system;
 use crate::events::Events;
-use crate::pod::Pod;
+use crate::pod::{Pod, Roots};
 use crate::start::{TTRPC_ADDRESS, unlink_socket};
 use crate::{Error, Result, log, spec, state_dir, task};
 
@@ -39,7 +39,8 @@ pub async fn run(flags: &Flags) -> Result<()> {
     let containerd = env::var(TTRPC_ADDRESS)
         .map_err(|_| Error::Protocol(format!("{TTRPC_ADDRESS} is not set: events have nowhere to go")))?;
     let events = Events::new(&containerd, &flags.namespace, log.clone());
-    let pod = Pod::new(&sandbox_id, &flags.namespace, Path::new(state_dir::ROOT), events, log.clone());
+    let roots = Roots { config: Config::path(), state: state_dir::ROOT.into() };
+    let pod = Pod::new(&sandbox_id, &flags.namespace, roots, events, log.clone());
     let listener = Listener::try_from(listener).map_err(system("watch the socket"))?;
     let mut server = Server::new().add_listener(listener).register_service(task::services(&pod));
     server.start().await.map_err(|error| Error::Protocol(error.to_string()))?;
