@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::transport::MmioTransport;
 use super::{DeviceEvent, GuestMemory, Interrupt, VirtioDevice};
-use crate::event_loop::Registrar;
+use crate::event_loop::{Ready, Registrar};
 
 pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
@@ -399,19 +399,10 @@ impl Driver {
                 self.interrupts += u64::from(self.transport.interrupt().line().read().is_ok());
                 continue;
             }
-            let token = u32::try_from(event.data() & 0xffff_ffff).unwrap();
-            if event.data() & 1 << 32 == 0 {
-                let set = event.event_set();
-                self.transport.process(DeviceEvent::Backend {
-                    token,
-                    readable: set.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::ERROR),
-                    writable: set.contains(EventSet::OUT),
-                });
-                continue;
-            }
-            let queue = u16::try_from(token).unwrap();
-            if self.transport.queue_event(queue).unwrap().read().is_ok() {
-                self.transport.process(DeviceEvent::Queue(queue));
+            match Ready::from(event).event {
+                // Read by the event loop; by then a thread of the device may have been faster.
+                DeviceEvent::Queue(queue) if self.transport.queue_event(queue).unwrap().read().is_err() => {}
+                event => self.transport.process(event),
             }
         }
         count

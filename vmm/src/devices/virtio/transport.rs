@@ -257,10 +257,7 @@ impl MmioTransport {
 
     fn status(&mut self) -> u32 {
         self.stop_if_broken();
-        match self.health.is_broken() {
-            true => self.registers.status | NEEDS_RESET,
-            false => self.registers.status,
-        }
+        if self.health.is_broken() { self.registers.status | NEEDS_RESET } else { self.registers.status }
     }
 
     fn write_status(&mut self, value: u32) -> bool {

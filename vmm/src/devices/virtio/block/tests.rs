@@ -7,10 +7,12 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_INT_CONFIG as CHANGED, VIRTIO_MMIO_INT_VRING as USED,
     VIRTIO_MMIO_STATUS,
 };
+use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
 use super::*;
+use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::testing::{
-    Descriptor, Driver, INDIRECT, NEEDS_RESET, NEXT, RUNNING, WRITE, link,
+    Descriptor, Driver, DriverQueue, INDIRECT, NEEDS_RESET, NEXT, RUNNING, WRITE, guest_memory, link,
 };
 
 const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
@@ -564,6 +566,40 @@ fn a_paused_disk_serves_nothing_until_it_goes_on() {
         assert_eq!(disk.driver.read(status, 1), [OK]);
         assert_eq!(disk.driver.read(target, 512), [7; 512]);
         disk.assert_works();
+    }
+}
+
+#[test]
+fn a_worker_follows_its_orders() {
+    let memory = guest_memory();
+    let mut queue = DriverQueue::new(&memory, 0, 128);
+    queue.add(&[Descriptor::writable(1 << 20, 1)]);
+    let (_, slot) = Block::new(None).unwrap();
+    let event = || EventFd::new(EFD_NONBLOCK).unwrap();
+    let mut worker = Worker {
+        queue: queue.device_side(),
+        queue_event: event(),
+        memory,
+        interrupt: Interrupt::new(event()),
+        health: Health::default(),
+        write_through: false,
+        slot,
+        id: Id::default(),
+    };
+    let orders = Orders::default();
+    for (order, served) in [
+        (Orders::pause as fn(&Orders), 0),
+        (Orders::resume, 1),
+        (Orders::pause, 1),
+        (Orders::stop, 1),
+        (Orders::resume, 1),
+    ] {
+        order(&orders);
+        worker.serve(&orders).unwrap();
+        assert_eq!(queue.pending(), served);
+        if served == 1 {
+            queue.publish(0);
+        }
     }
 }
 

@@ -116,7 +116,7 @@ impl Worker {
     }
 
     /// Serves requests as long as there are any and the orders allow it.
-    fn serve(&mut self, orders: &Orders) -> Result<()> {
+    pub(super) fn serve(&mut self, orders: &Orders) -> Result<()> {
         let memory = self.memory.memory();
         while orders.go_on() {
             self.queue.disable_notification(&*memory).map_err(queue_error)?;

@@ -25,6 +25,7 @@ struct Log {
     generation: u32,
     refuse_activation: bool,
     fail_processing: bool,
+    find_broken: bool,
     health: Option<Health>,
 }
 
@@ -105,6 +106,10 @@ impl VirtioDevice for Echo {
             return Err(Error::EventFd(std::io::Error::other("failed")));
         }
         match (event, &mut self.active) {
+            (_, Some(active)) if log.find_broken => {
+                active.health.set_broken();
+                Ok(())
+            }
             (DeviceEvent::Queue(queue), Some(active)) => Self::serve(active, usize::from(queue)),
             _ => Ok(()),
         }
@@ -384,6 +389,9 @@ fn a_driver_with_a_bad_queue_has_to_reset() {
         (16, [HIGH_MEMORY - 16, 0x2000, 0x3000], "outside"),
         (16, [0x1000, end - 2, 0x3000], "outside"),
         (16, [0x1000, 0x2000, end - 4], "outside"),
+        // But for the event index after the ring, these would fit.
+        (16, [0x1000, end - 4 - 2 * 16, 0x3000], "outside"),
+        (16, [0x1000, 0x2000, end - 4 - 8 * 16], "outside"),
         (16, [u64::MAX - 15, 0x2000, 0x3000], "outside"),
         (16, [0x1000, u64::MAX - 1, 0x3000], "outside"),
         (16, [0x1000, 0x2000, u64::MAX - 3], "outside"),
@@ -521,6 +529,18 @@ fn a_device_that_fails_needs_a_reset() {
     assert_eq!(driver.take_interrupt(), CHANGED);
     assert!(driver.transport.health().take_failure().is_some());
     log.lock().unwrap().fail_processing = false;
+    assert_broken_until_reset(&mut driver, &log);
+}
+
+#[test]
+fn a_device_that_finds_itself_broken_needs_a_reset() {
+    let (mut driver, log) = new_driver();
+    driver.start(0);
+    log.lock().unwrap().find_broken = true;
+    driver.kick(0);
+    driver.run_until(|driver| driver.interrupts == 1);
+    assert_eq!(driver.take_interrupt(), CHANGED);
+    log.lock().unwrap().find_broken = false;
     assert_broken_until_reset(&mut driver, &log);
 }
 
