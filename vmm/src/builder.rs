@@ -5,13 +5,14 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
+use kvm_ioctls::VcpuFd;
 use mayu_vmm_api::{BLOCK_SLOTS, MAX_VCPUS, VmConfig};
-use vm_memory::{GuestAddressSpace as _, GuestMemoryAtomic};
+use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::cpuid::CpuidTemplate;
 use crate::arch::{self, layout};
-use crate::bus::{Bus, SharedTransport};
+use crate::bus::{Bus, SharedTransport, lock};
 use crate::devices::serial::serial;
 use crate::devices::virtio::block::{Block, BlockSlot};
 use crate::devices::virtio::fs::Fs;
@@ -23,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::event_loop::EventLoop;
 use crate::kvm::Vm;
 use crate::machine::Machine;
+use crate::snapshot::MachineState;
 use crate::vcpu::{Shared, Vcpus, exit_channel};
 use crate::{boot, memory};
 
@@ -32,12 +34,13 @@ pub const SHARE_TAG: &str = "mayu";
 /// The number that the first device has in the event loop. The others follow in the order of their addresses.
 pub const FIRST_DEVICE: u16 = 2;
 
-/// What a machine is made from, besides its description.
+/// The virtio devices of every machine: the image, the block slots, vsock, rng, fs.
+pub const DEVICES: usize = 1 + BLOCK_SLOTS as usize + 3;
+
+/// What a machine is made from, besides its description and its kernel.
 pub struct Parts {
     /// `/dev/kvm`.
     pub kvm: OwnedFd,
-    /// The kernel, an uncompressed ELF file.
-    pub kernel: File,
     /// The guest's root filesystem.
     pub image: File,
     /// The write end of the console's pipe.
@@ -65,10 +68,49 @@ pub fn check(config: &VmConfig) -> Result<()> {
 ///
 /// # Errors
 /// The host lacks something, the kernel is not one, the memory is too small or too large, ...
-pub fn build(config: &VmConfig, parts: Parts, events: &EventLoop) -> Result<Machine> {
+pub fn build(config: &VmConfig, kernel: File, parts: Parts, events: &EventLoop) -> Result<Machine> {
     check(config)?;
     let memory = memory::allocate(config.memory_mib)?;
-    let entry = boot::load_kernel(&memory, parts.kernel)?;
+    let entry = boot::load_kernel(&memory, kernel)?;
+    let command_line = boot::command_line(DEVICES, &config.kernel_args)?;
+    let command_line_size = boot::load_command_line(&memory, &command_line)?;
+    arch::boot::write_parameters(&memory, command_line_size, config.vcpus)?;
+    assemble(config, &Origin::Kernel { entry }, memory, parts, events)
+}
+
+/// Builds a machine that goes on from where another was saved, with that one's memory. It is paused.
+///
+/// # Errors
+/// As [`build`], or the state is not that of a machine with this description.
+pub fn restore(
+    config: &VmConfig,
+    state: &MachineState,
+    memory: GuestMemoryMmap,
+    parts: Parts,
+    events: &EventLoop,
+) -> Result<Machine> {
+    check(config)?;
+    if state.vcpus.len() != usize::from(config.vcpus) || state.devices.len() != DEVICES {
+        return Err(Error::RestoreMachine { vcpus: state.vcpus.len(), devices: state.devices.len() });
+    }
+    assemble(config, &Origin::Saved(state), memory, parts, events)
+}
+
+/// Where the guest starts.
+enum Origin<'a> {
+    /// At the kernel's entry.
+    Kernel { entry: GuestAddress },
+    /// Where it was saved.
+    Saved(&'a MachineState),
+}
+
+fn assemble(
+    config: &VmConfig,
+    origin: &Origin<'_>,
+    memory: GuestMemoryMmap,
+    parts: Parts,
+    events: &EventLoop,
+) -> Result<Machine> {
     let vm = Vm::new(parts.kvm)?;
     vm.set_memory(&memory)?;
     let memory = GuestMemoryAtomic::new(memory);
@@ -80,38 +122,54 @@ pub fn build(config: &VmConfig, parts: Parts, events: &EventLoop) -> Result<Mach
     devices.add("fs", Box::new(parts.fs))?;
     let Devices { names, transports, .. } = devices;
 
-    let command_line = boot::command_line(transports.len(), &config.kernel_args)?;
-    let command_line_size = boot::load_command_line(&memory.memory(), &command_line)?;
-    arch::boot::write_parameters(&memory.memory(), command_line_size, config.vcpus)?;
-
     let line = eventfd()?;
     vm.connect_interrupt(&line, layout::SERIAL_GSI)?;
-    let (exit_sender, exits) = exit_channel()?;
-    let shared = Shared {
-        bus: Arc::new(Bus::new(serial(line, parts.console)?, transports)),
-        exits: exit_sender,
-        entered: Arc::new(OnceLock::new()),
+    let serial = match origin {
+        Origin::Kernel { .. } => serial(line, parts.console)?,
+        Origin::Saved(state) => state.serial.restore(line, parts.console)?,
     };
-    let template = CpuidTemplate::new(&vm.supported_cpuid()?, vm.has_tsc_deadline_timer(), config.vcpus);
-    let mut fds = Vec::new();
-    for id in 0..config.vcpus {
-        let fd = vm.create_vcpu(id)?;
-        arch::boot::configure_vcpu(&fd, id, &template, entry)?;
-        fds.push(fd);
+    let fds = create_vcpus(&vm, config.vcpus, origin)?;
+    if let Origin::Saved(state) = origin {
+        vm.restore(&state.vm)?;
+        for (device, saved) in transports.iter().zip(&state.devices) {
+            lock(device).restore(saved)?;
+        }
     }
+    let (exit_sender, exits) = exit_channel()?;
+    let bus = Arc::new(Bus::new(serial, transports));
+    let entered = Arc::new(OnceLock::new());
+    let shared = Shared { bus: bus.clone(), exits: exit_sender, entered: entered.clone() };
     Ok(Machine {
         vcpus: Vcpus::start(fds, vm.run_size(), &shared)?,
         vm,
-        bus: shared.bus,
+        bus,
         names,
         slots,
         vsock,
         exits,
-        entered: shared.entered,
+        entered,
         started: parts.started,
         running: false,
-        _memory: memory,
+        memory,
     })
+}
+
+fn create_vcpus(vm: &Vm, count: u8, origin: &Origin<'_>) -> Result<Vec<VcpuFd>> {
+    let fds: Vec<_> = (0..count).map(|id| vm.create_vcpu(id)).collect::<Result<_>>()?;
+    match origin {
+        Origin::Kernel { entry } => {
+            let template = CpuidTemplate::new(&vm.supported_cpuid()?, vm.has_tsc_deadline_timer(), count);
+            for (id, fd) in (0..).zip(&fds) {
+                arch::boot::configure_vcpu(fd, id, &template, *entry)?;
+            }
+        }
+        Origin::Saved(state) => {
+            for (saved, fd) in state.vcpus.iter().zip(&fds) {
+                saved.restore(fd)?;
+            }
+        }
+    }
+    Ok(fds)
 }
 
 /// The virtio devices so far. Their order is the same in every machine.

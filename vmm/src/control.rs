@@ -198,8 +198,15 @@ impl Control {
                 return Ok(Verdict::End(ExitReason::Requested));
             }
         };
+        let verdict = match &outcome {
+            // Some vCPUs have obeyed and this one has not: nobody knows any more what runs.
+            Err(error @ (Error::VcpuStuck { .. } | Error::VcpuGone { .. })) => {
+                Verdict::End(ExitReason::Failed(error.to_string()))
+            }
+            _ => Verdict::Continue,
+        };
         self.answer(id, outcome.map_err(|error| error.to_string()))?;
-        Ok(Verdict::Continue)
+        Ok(verdict)
     }
 
     /// Sends what is waiting, until the shim takes no more.

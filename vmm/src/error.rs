@@ -209,6 +209,14 @@ pub enum Error {
     /// The vCPUs run although they should not, or do not although they should.
     #[error("the vCPUs {} running", if *.0 { "are" } else { "are not" })]
     Running(bool),
+    /// A saved state is not one of a machine that can be built here.
+    #[error("cannot restore a machine: the state of {vcpus} vCPUs and {devices} devices does not fit it")]
+    RestoreMachine {
+        /// vCPUs in the state.
+        vcpus: usize,
+        /// virtio devices in the state.
+        devices: usize,
+    },
     /// The machine would have too many vCPUs, or none.
     #[error("{vcpus} vCPUs are not possible: 1 to {} are", mayu_vmm_api::MAX_VCPUS)]
     VcpuCount {

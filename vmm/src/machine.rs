@@ -8,6 +8,7 @@ use std::time::Instant;
 use mayu_vmm_api::{ExitReason, Status};
 
 use crate::bus::{Bus, SharedTransport, lock};
+use crate::devices::serial::SerialState;
 use crate::devices::virtio::block::BlockSlot;
 use crate::devices::virtio::vsock::{OnResult, VsockHandle};
 use crate::devices::virtio::{DeviceEvent, GuestMemory};
@@ -29,8 +30,8 @@ pub struct Machine {
     pub(crate) entered: Arc<OnceLock<Instant>>,
     pub(crate) started: Instant,
     pub(crate) running: bool,
-    /// KVM has the guest's pages as long as `vm` lives.
-    pub(crate) _memory: GuestMemory,
+    /// Dropped after `vm`, which uses it.
+    pub(crate) memory: GuestMemory,
 }
 
 impl Machine {
@@ -77,8 +78,14 @@ impl Machine {
         Ok(MachineState {
             vcpus: self.vcpus.save(self.vm.msrs_to_save()?)?,
             vm: self.vm.save()?,
+            serial: SerialState::save(&self.bus.serial()),
             devices: self.bus.virtio().iter().map(|device| lock(device).save()).collect(),
         })
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
     }
 
     /// Connects a stream to a vsock port of the guest.

@@ -53,7 +53,7 @@ fn run(
     log: &Logger,
 ) -> Result<()> {
     let mut events = EventLoop::new()?;
-    let machine = match prepare(config, resources, &mut control, &events, started) {
+    let mut machine = match prepare(config, resources, &mut control, &events, started) {
         Ok(Some(machine)) => machine,
         Ok(None) => return Ok(()),
         Err(error) => {
@@ -65,7 +65,10 @@ fn run(
     machine.watch_exits(&events.registrar(VCPUS))?;
     control.answer(id, Ok(()))?;
     info!(log, "machine built"; "vcpus" => config.vcpus, "memory_mib" => config.memory_mib);
-    serve(machine, &mut control, &mut events, log)
+    let outcome = serve(&mut machine, &mut control, &mut events, log);
+    // Its threads end with the process. To wait for them first could take long: a file system of the host may hold one.
+    std::mem::forget(machine);
+    outcome
 }
 
 /// Enters the jail and builds the machine there. `None` means that this is the process that stays outside.
@@ -85,21 +88,20 @@ fn prepare(
     jail::drop_capabilities()?;
     let parts = Parts {
         kvm: resources.kvm,
-        kernel: resources.kernel,
         image: resources.image,
         console: resources.console,
         fs,
         on_accept: control.acceptor(),
         started,
     };
-    builder::build(config, parts, events).map(Some)
+    builder::build(config, resources.kernel, parts, events).map(Some)
 }
 
 /// Runs the machine until its guest, the shim or a failure ends it.
-fn serve(mut machine: Machine, control: &mut Control, events: &mut EventLoop, log: &Logger) -> Result<()> {
+fn serve(machine: &mut Machine, control: &mut Control, events: &mut EventLoop, log: &Logger) -> Result<()> {
     let mut device_failures = RateLimit::new(8, Duration::from_secs(10));
     let reason = loop {
-        match turn(&mut machine, control, events, log, &mut device_failures) {
+        match turn(machine, control, events, log, &mut device_failures) {
             Ok(Verdict::Continue) => {}
             Ok(Verdict::End(reason)) => break reason,
             Ok(Verdict::Orphaned) => {

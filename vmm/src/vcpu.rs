@@ -209,7 +209,10 @@ impl Handle {
             // A thread that is gone cannot answer either, and that is what the caller will see.
             let _ = commands.send(command.clone());
         }
-        self.kick();
+        // One that is told to resume waits for that and does nothing else.
+        if !matches!(command, Command::Resume) {
+            self.kick();
+        }
     }
 
     fn reply(&self) -> Result<Option<Box<VcpuState>>> {

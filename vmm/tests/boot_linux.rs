@@ -5,37 +5,24 @@
 
 mod support;
 
-use std::fs::File;
 use std::io::{BufRead as _, BufReader};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::time::{Duration, Instant};
 
 use mayu_vmm_api::{ExitReason, Request, VmConfig};
-use support::{Vmm, config, file_from_environment, no_kvm, skip};
+use support::{Vmm, config, guest_files};
 
 /// Boots a machine and returns it together with its init's stream, or nothing where that cannot work.
 fn boot(config: VmConfig) -> Option<(Vmm, BufReader<UnixStream>)> {
-    let files = file_from_environment("MAYU_TEST_KERNEL")
-        .and_then(|kernel| Ok((kernel, file_from_environment("MAYU_TEST_IMAGE")?)));
-    let (kernel, image) = match (no_kvm(), files) {
-        (None, Ok(files)) => files,
-        (Some(reason), _) | (None, Err(reason)) => {
-            skip(&reason);
-            return None;
-        }
-    };
+    let (kernel, image) = guest_files()?;
     let share = tempfile::tempdir().unwrap();
     std::fs::write(share.path().join("hello"), "hello from the share\n").unwrap();
-    let (mut vmm, outcome) = Vmm::build(config, &open(&kernel), &open(&image), share.path());
+    let (mut vmm, outcome) = Vmm::build(config, &kernel, &image, share.path());
     outcome.unwrap();
     vmm.request(Request::Resume, &[]).unwrap();
     let stream = UnixStream::from(vmm.accept(1024));
     stream.set_nonblocking(false).unwrap();
     Some((vmm, BufReader::new(stream)))
-}
-
-fn open(path: &Path) -> File {
-    File::open(path).unwrap()
 }
 
 fn boots(vcpus: u8, memory_mib: u32) {
@@ -72,4 +59,50 @@ fn two_vcpus_and_256_mib() {
 #[test]
 fn four_vcpus_and_memory_beyond_the_gap() {
     boots(4, 4096);
+}
+
+#[test]
+fn a_pause_at_any_moment_of_the_boot_goes_unnoticed() {
+    let Some((kernel, image)) = guest_files() else { return };
+    let share = tempfile::tempdir().unwrap();
+    let config = VmConfig { vcpus: 2, memory_mib: 128, ..config() };
+    let (mut vmm, outcome) = Vmm::build(config, &kernel, &image, share.path());
+    outcome.unwrap();
+    for _ in 0..50 {
+        vmm.request(Request::Resume, &[]).unwrap();
+        vmm.request(Request::Pause, &[]).unwrap();
+    }
+    vmm.request(Request::Resume, &[]).unwrap();
+    vmm.accept(1024);
+    vmm.request(Request::Shutdown, &[]).unwrap();
+    assert_eq!(vmm.exit(), ExitReason::Requested);
+}
+
+#[test]
+fn a_kernel_panic_is_on_the_console_and_ends_the_machine() {
+    let Some((kernel, image)) = guest_files() else { return };
+    let share = tempfile::tempdir().unwrap();
+    let kernel_args = "init=/nowhere".to_owned();
+    let (mut vmm, outcome) = Vmm::build(VmConfig { kernel_args, ..config() }, &kernel, &image, share.path());
+    outcome.unwrap();
+    vmm.request(Request::Resume, &[]).unwrap();
+    assert_eq!(vmm.exit(), ExitReason::GuestReset);
+    let console = vmm.whole_console();
+    assert!(console.contains("Kernel panic"), "{console}");
+}
+
+/// Prints what each stage of a quiet boot takes. To be run in the lab's exact mode.
+#[test]
+fn stages_of_a_boot() {
+    let start = Instant::now();
+    let Some((mut vmm, mut stream)) = boot(VmConfig { memory_mib: 256, ..config() }) else { return };
+    let connected = start.elapsed();
+    let mut line = String::new();
+    stream.read_line(&mut line).unwrap();
+    let entry = Duration::from_micros(vmm.status().guest_entry_us.unwrap());
+    println!("process start to guest entry: {entry:?}");
+    println!("start of the test to the init's connection: {connected:?}");
+    vmm.request(Request::Shutdown, &[]).unwrap();
+    vmm.exit();
+    println!("to the end: {:?}; the init said {line}{}", start.elapsed(), vmm.whole_console());
 }

@@ -22,7 +22,7 @@ pub const BLOCK_SLOTS: u8 = 4;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
-    /// The sandbox this machine belongs to; it names the process and its log lines.
+    /// The sandbox this machine belongs to, for the log.
     pub sandbox_id: String,
     /// vCPUs, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,

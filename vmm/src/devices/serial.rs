@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 use vm_superio::serial::NoEvents;
 use vmm_sys_util::eventfd::EventFd;
@@ -26,13 +27,49 @@ impl Trigger for Line {
 /// A 16550A whose output goes to the console.
 pub type Serial = vm_superio::Serial<Line, NoEvents, Console>;
 
+/// The port's registers. What its guest has not finished printing is not among them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialState(#[serde(with = "Registers")] vm_superio::SerialState);
+
+/// How [`vm_superio::SerialState`] is written down.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "vm_superio::SerialState")]
+struct Registers {
+    baud_divisor_low: u8,
+    baud_divisor_high: u8,
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    in_buffer: Vec<u8>,
+}
+
+impl SerialState {
+    /// Reads the registers.
+    pub fn save(serial: &Serial) -> Self {
+        Self(serial.state())
+    }
+
+    /// Makes a serial port that goes on with these registers.
+    ///
+    /// # Errors
+    /// As [`serial`], or the state is none that a serial port has.
+    pub fn restore(&self, line: EventFd, console: OwnedFd) -> Result<Serial> {
+        let console = Console::new(console)?;
+        Serial::from_state(&self.0, Line(line), NoEvents, console)
+            .map_err(|error| Error::Console(io::Error::other(error)))
+    }
+}
+
 /// Makes the serial port from its interrupt line and the write end of the console's pipe.
 ///
 /// # Errors
 /// The descriptor cannot be made non-blocking.
 pub fn serial(line: EventFd, console: OwnedFd) -> Result<Serial> {
-    fcntl(&console, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|errno| Error::Console(errno.into()))?;
-    Ok(Serial::new(Line(line), Console::new(console.into())))
+    Ok(Serial::new(Line(line), Console::new(console)?))
 }
 
 /// Gathers the guest's output into lines. It never blocks the guest: what the pipe does not take, and what exceeds
@@ -52,14 +89,15 @@ const LONGEST_LINE: usize = 512;
 const BYTES_PER_SECOND: usize = 64 * 1024;
 
 impl Console {
-    fn new(pipe: File) -> Self {
-        Self {
-            pipe,
+    fn new(pipe: OwnedFd) -> Result<Self> {
+        fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|errno| Error::Console(errno.into()))?;
+        Ok(Self {
+            pipe: pipe.into(),
             line: Vec::with_capacity(LONGEST_LINE),
             second: Instant::now(),
             budget: BYTES_PER_SECOND,
             dropped: 0,
-        }
+        })
     }
 
     /// Bytes that nobody will ever see.
@@ -162,7 +200,7 @@ mod tests {
     #[test]
     fn output_is_limited_per_second() {
         let (_reader, writer) = nix::unistd::pipe().unwrap();
-        let mut console = Console::new(writer.into());
+        let mut console = Console::new(writer).unwrap();
         let start = console.second;
         console.budget = 1;
         console.put(b'a', start);
@@ -171,5 +209,25 @@ mod tests {
         console.put(b'c', start + Duration::from_secs(1));
         assert_eq!(console.dropped(), 1);
         assert_eq!(console.line, b"ac");
+    }
+
+    #[test]
+    fn a_restored_port_has_its_registers_and_raises_what_was_pending() {
+        const INTERRUPT_ENABLE: u8 = 1;
+        const SCRATCH: u8 = 7;
+        let (mut serial, _reader) = port();
+        serial.write(SCRATCH, 0x5a).unwrap();
+        // The transmitter is empty, which is an interrupt now.
+        serial.write(INTERRUPT_ENABLE, 2).unwrap();
+        let state = serde_json::to_string(&SerialState::save(&serial)).unwrap();
+        let state: SerialState = serde_json::from_str(&state).unwrap();
+
+        let (_reader, writer) = nix::unistd::pipe().unwrap();
+        let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let mut restored = state.restore(line.try_clone().unwrap(), writer).unwrap();
+
+        assert_eq!(restored.read(SCRATCH), 0x5a);
+        assert_eq!(line.read().unwrap(), 1);
+        assert_eq!(SerialState::save(&restored), state);
     }
 }

@@ -33,11 +33,24 @@ pub fn no_kvm() -> Option<String> {
 }
 
 /// A file named by an environment variable.
-pub fn file_from_environment(variable: &str) -> Result<PathBuf, String> {
+fn file_from_environment(variable: &str) -> Result<PathBuf, String> {
     let path = std::env::var_os(variable).ok_or(format!("needs the environment variable {variable}"))?;
     match Path::new(&path).is_file() {
         true => Ok(path.into()),
         false => Err(format!("needs {variable} to name a file, not {}", path.display())),
+    }
+}
+
+/// The kernel and the image of a Linux guest, which the environment names, or nothing where none can boot.
+pub fn guest_files() -> Option<(File, File)> {
+    let open = |variable| Ok::<_, String>(File::open(file_from_environment(variable)?).unwrap());
+    let files = open("MAYU_TEST_KERNEL").and_then(|kernel| Ok((kernel, open("MAYU_TEST_IMAGE")?)));
+    match (no_kvm(), files) {
+        (None, Ok(files)) => Some(files),
+        (Some(reason), _) | (None, Err(reason)) => {
+            skip(&reason);
+            None
+        }
     }
 }
 

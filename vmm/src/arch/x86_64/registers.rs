@@ -71,12 +71,9 @@ pub(super) fn write_tables(memory: &GuestMemoryMmap) -> Result<(), vm_memory::Gu
     memory.write_obj(0u64, layout::BOOT_IDT)?;
     memory.write_obj(layout::PDPT.raw_value() | PAGE_PRESENT_WRITABLE, layout::PML4)?;
     memory.write_obj(layout::PAGE_DIRECTORY.raw_value() | PAGE_PRESENT_WRITABLE, layout::PDPT)?;
-    let directory: [u64; 512] =
-        std::array::from_fn(|page| (page as u64) << 21 | PAGE_PRESENT_WRITABLE | PAGE_2_MIB);
-    for (entry, page) in directory.iter().zip(0u64..) {
-        memory.write_obj(*entry, layout::PAGE_DIRECTORY.unchecked_add(page * 8))?;
-    }
-    Ok(())
+    let pages = (0..512u64).map(|page| page << 21 | PAGE_PRESENT_WRITABLE | PAGE_2_MIB);
+    let directory: Vec<u8> = pages.flat_map(u64::to_le_bytes).collect();
+    memory.write_slice(&directory, layout::PAGE_DIRECTORY)
 }
 
 /// The x87 and SSE state after reset, as the ABI expects it.

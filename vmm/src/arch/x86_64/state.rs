@@ -3,9 +3,9 @@
 #![allow(unsafe_code)]
 
 use kvm_bindings::{
-    CpuId, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
-    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, Msrs,
+    kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -143,7 +143,8 @@ impl VmState {
         for chip in &self.irqchips {
             fd.set_irqchip(chip).map_err(Error::kvm("set an interrupt controller"))?;
         }
-        let clock = kvm_clock_data { flags: self.clock.flags & KVM_CLOCK_REALTIME, ..self.clock };
+        // Without flags KVM takes the time as it is, and does not add what has passed since.
+        let clock = kvm_clock_data { clock: self.clock.clock, ..Default::default() };
         fd.set_clock(&clock).map_err(Error::kvm("set the guest's clock"))
     }
 }
