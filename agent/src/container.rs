@@ -15,7 +15,7 @@ use libcontainer::notify_socket::NOTIFY_FILE;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 use oci_spec::runtime::{LinuxResources, Spec};
-use slog::{Logger, o, warn};
+use slog::{Logger, debug, o, warn};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tokio::sync::oneshot;
@@ -27,7 +27,7 @@ use crate::events::Events;
 use crate::launch::{Launched, Launcher, ProcessKind, Request};
 use crate::process::Process;
 use crate::reaper::{Exit, Reaper};
-use crate::spec::{self, Summary};
+use crate::spec::{self, ContainerPlan, ProcessPlan};
 use crate::state::{Action, State};
 use crate::stdio::{Ends, StdioRequest};
 use crate::streams::Streams;
@@ -36,6 +36,8 @@ use crate::streams::Streams;
 const MAX_EXECS: usize = 4096;
 /// How long output that the shim does not take is kept when its process is deleted.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+/// The container's seccomp filter in its bundle.
+const SECCOMP_FILE: &str = "seccomp.json";
 /// The longest reason taken from a process that could not execute its program, in bytes.
 const MAX_FAILURE: u64 = 4096;
 /// The status of an exec that never ran its program, as shells report it.
@@ -67,7 +69,7 @@ pub struct Container {
     runtime: Arc<Runtime>,
     cgroup: Cgroup,
     init: Arc<Process>,
-    summary: Summary,
+    plan: ContainerPlan,
     inner: Mutex<Inner>,
     oom_kills: AtomicU64,
     log: Logger,
@@ -88,6 +90,7 @@ struct Inner {
 struct Exec {
     process: Arc<Process>,
     spec: Arc<oci_spec::runtime::Process>,
+    plan: Arc<ProcessPlan>,
 }
 
 impl Runtime {
@@ -114,14 +117,14 @@ impl Container {
     /// # Errors
     ///
     /// `InvalidRequest` for bad streams.
-    pub fn new(runtime: Arc<Runtime>, id: &str, stdio: StdioRequest, summary: Summary) -> Result<Self> {
+    pub fn new(runtime: Arc<Runtime>, id: &str, stdio: StdioRequest, plan: ContainerPlan) -> Result<Self> {
         let expected = stdio.expect(&runtime.streams)?;
         let log = runtime.log.new(o!("container" => id.to_owned()));
         Ok(Self {
             id: id.to_owned(),
             cgroup: Cgroup::of(id),
             init: Arc::new(Process::new(id, "", stdio, expected, State::Creating)),
-            summary,
+            plan,
             inner: Mutex::default(),
             oom_kills: AtomicU64::new(0),
             runtime,
@@ -158,8 +161,8 @@ impl Container {
     /// # Errors
     ///
     /// `Launch` with libcontainer's reason, `LaunchDeadline`, or what the kernel refused. Nothing is left then.
-    pub async fn set_up(self: &Arc<Self>, spec: Spec, sysctls: &[(String, String)]) -> Result<()> {
-        let launched = match self.launch_init(spec, sysctls).await {
+    pub async fn set_up(self: &Arc<Self>, spec: Spec) -> Result<()> {
+        let launched = match self.launch_init(spec).await {
             Ok(launched) => launched,
             Err(error) => {
                 let error = self.explain(error);
@@ -173,27 +176,35 @@ impl Container {
         self.init.advance(Action::FinishCreate)?;
         self.watch_exit(Arc::clone(&self.init), launched.exit);
         self.watch_memory();
-        if let Some((columns, rows)) = self.summary.console_size
-            && let Err(error) = self.init.resize(columns, rows)
-        {
-            warn!(self.log, "cannot set the terminal's size"; "error" => %error);
-        }
+        self.set_console_size(&self.init, &self.plan.process);
         Ok(())
     }
 
-    async fn launch_init(&self, mut spec: Spec, sysctls: &[(String, String)]) -> Result<Launched> {
+    fn set_console_size(&self, process: &Process, plan: &ProcessPlan) {
+        if let Some((columns, rows)) = plan.console_size.filter(|_| process.stdio().terminal)
+            && let Err(error) = process.resize(columns, rows)
+        {
+            // The process may have ended.
+            debug!(self.log, "cannot set the terminal's size"; "error" => %error);
+        }
+    }
+
+    async fn launch_init(&self, mut spec: Spec) -> Result<Launched> {
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         let devices = resources.and_then(|resources| resources.devices().as_deref());
         self.cgroup.create(devices.unwrap_or_default())?;
         self.without_swap(spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut()));
-        for (key, value) in sysctls {
+        for (key, value) in &self.plan.network_sysctls {
             set_sysctl(key, value)?;
         }
         let bundle = self.runtime.bundle(&self.id);
         fs::create_dir_all(&bundle).map_err(Error::file("create", &bundle))?;
         write_json(bundle.join("config.json"), &spec)?;
+        if let Some(seccomp) = &self.plan.seccomp {
+            write_json(bundle.join(SECCOMP_FILE), seccomp)?;
+        }
 
-        let (ends, mut descriptors) = pipes(&self.init, self.summary.uid, self.summary.gid)?;
+        let (ends, mut descriptors) = pipes(&self.init, self.plan.process.user)?;
         let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(Error::system("make a pipe"))?;
         let read = pipe::Receiver::from_owned_fd(read).map_err(Error::io("watch a pipe"))?;
         {
@@ -202,7 +213,7 @@ impl Container {
             inner.failure = Some(read);
         }
         descriptors.push(write);
-        self.launch(&self.init, ProcessKind::Init { bundle }, descriptors).await
+        self.launch(&self.init, &self.plan.process, ProcessKind::Init { bundle }, descriptors).await
     }
 
     /// Runs the init's or an exec's program and returns the pid.
@@ -277,7 +288,7 @@ impl Container {
     ) -> Result<()> {
         self.init.advance(Action::Exec)?;
         let root = PathBuf::from(format!("/proc/{}/root", self.init.pid()));
-        spec::adapt_process(&mut spec, &root, stdio.terminal)?;
+        let plan = spec::adapt_process(&mut spec, &root, stdio.terminal, self.plan.seccomp.is_some())?;
         let mut inner = self.inner();
         if inner.execs.len() >= MAX_EXECS {
             return Err(Error::TooMany { what: "execs", limit: MAX_EXECS });
@@ -289,7 +300,7 @@ impl Container {
             Entry::Vacant(vacant) => {
                 let expected = stdio.expect(&self.runtime.streams)?;
                 let process = Arc::new(Process::new(&self.id, exec_id, stdio, expected, State::Created));
-                vacant.insert(Exec { process, spec: Arc::new(spec) });
+                vacant.insert(Exec { process, spec: Arc::new(spec), plan: Arc::new(plan) });
                 Ok(())
             }
         }
@@ -300,10 +311,9 @@ impl Container {
         let connected = process.connect(self.runtime.stream_deadline).await?;
         let file = self.runtime.fresh_path("json");
         write_json(file.clone(), exec.spec.as_ref())?;
-        let user = exec.spec.user();
-        let (ends, descriptors) = pipes(process, user.uid(), user.gid())?;
+        let (ends, descriptors) = pipes(process, exec.plan.user)?;
         let kind = ProcessKind::Exec { process: file.clone(), sub_cgroup: self.init_cgroup() };
-        let launched = self.launch(process, kind, descriptors).await;
+        let launched = self.launch(process, &exec.plan, kind, descriptors).await;
         // It was only for the helper.
         let _ = fs::remove_file(&file);
         let launched = launched?;
@@ -311,6 +321,7 @@ impl Container {
         self.watch_exit(Arc::clone(process), launched.exit);
         let ends = if process.stdio().terminal { process.terminal_ends()? } else { ends };
         process.copy(connected, ends);
+        self.set_console_size(process, &exec.plan);
         Ok(())
     }
 
@@ -415,6 +426,7 @@ impl Container {
     async fn launch(
         &self,
         process: &Process,
+        plan: &ProcessPlan,
         kind: ProcessKind,
         descriptors: Vec<OwnedFd>,
     ) -> Result<Launched> {
@@ -423,6 +435,9 @@ impl Container {
             id: self.id.clone(),
             state_directory: self.runtime.state_directory(),
             console_socket: console.clone(),
+            user: plan.user,
+            seccomp: self.plan.seccomp.as_ref().map(|_| self.runtime.bundle(&self.id).join(SECCOMP_FILE)),
+            capabilities: plan.capabilities.clone(),
             process: kind,
         };
         let launched = self.runtime.launcher.launch(&self.runtime.reaper, &request, descriptors).await;
@@ -439,7 +454,7 @@ impl Container {
         tokio::spawn(async move {
             // The reaper never drops what it watches.
             let Ok(exit) = exit.await else { return };
-            if process.exec_id().is_empty() && !container.summary.own_pid_namespace {
+            if process.exec_id().is_empty() && !container.plan.own_pid_namespace {
                 // Nobody else ends what the init leaves behind.
                 if let Err(error) = container.end_all().await {
                     warn!(container.log, "cannot end what the init left behind"; "error" => %error);
@@ -526,11 +541,11 @@ impl Container {
 }
 
 /// The agent's ends of the pipes of `process` and its own, to launch it with; none for a terminal.
-fn pipes(process: &Process, uid: u32, gid: u32) -> Result<(Ends, Vec<OwnedFd>)> {
+fn pipes(process: &Process, user: (u32, u32)) -> Result<(Ends, Vec<OwnedFd>)> {
     if process.stdio().terminal {
         return Ok((Ends::default(), Vec::new()));
     }
-    let (ends, child) = process.stdio().pipes(uid, gid)?;
+    let (ends, child) = process.stdio().pipes(user)?;
     Ok((ends, child.into()))
 }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 use mayu_agent_api::{PROCESS_TYPE_URL, SPEC_TYPE_URL};
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::Mode;
-use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Process, Spec};
+use oci_spec::runtime::{LinuxCapabilities, LinuxNamespaceType, LinuxResources, LinuxSeccomp, Process, Spec};
 use protobuf::well_known_types::any::Any;
 use serde::de::DeserializeOwned;
 
@@ -80,26 +80,37 @@ fn read<T: DeserializeOwned>(any: Option<&Any>, type_url: &str) -> Result<T> {
     serde_json::from_slice(&any.value).map_err(|error| Error::InvalidSpec(error.to_string()))
 }
 
-/// What the agent itself needs to know of a container's spec.
-pub struct Summary {
-    /// The user of the init process.
-    pub uid: u32,
-    /// Its group.
-    pub gid: u32,
-    /// Columns and rows of its terminal, if the spec says.
-    pub console_size: Option<(u16, u16)>,
+/// What the agent itself carries out of a container's spec.
+pub struct ContainerPlan {
+    /// For the init process.
+    pub process: ProcessPlan,
     /// Whether the container has a pid namespace of its own, which dies with its init.
     pub own_pid_namespace: bool,
+    /// The filter of all its processes.
+    pub seccomp: Option<LinuxSeccomp>,
+    /// Sysctls of the guest's network, which the container shares.
+    pub network_sysctls: Vec<(String, String)>,
 }
 
-/// Checks the spec of container `id` and makes it one that libcontainer can carry out in the guest. The
-/// sysctls of the network are taken out and returned: the container shares the guest's network, so that they
-/// are the guest's to set, and libcontainer refuses them.
+/// What the agent itself carries out of a process's spec.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProcessPlan {
+    /// User and group.
+    pub user: (u32, u32),
+    /// Columns and rows of its terminal, if the spec says.
+    pub console_size: Option<(u16, u16)>,
+    /// The capabilities to keep, where a seccomp filter has to be installed before the others are given up.
+    pub capabilities: Option<LinuxCapabilities>,
+}
+
+/// Checks the spec of container `id` and takes out of it what libcontainer shall not carry out in the guest:
+/// its place among the cgroups, which is the agent's choice; seccomp, which libcontainer would not apply to
+/// execs; sysctls of the network, which it refuses where the container shares the guest's network.
 ///
 /// # Errors
 ///
 /// `InvalidSpec` naming the field.
-pub fn adapt_spec(spec: &mut Spec, id: &str, terminal: bool) -> Result<(Summary, Vec<(String, String)>)> {
+pub fn adapt_spec(spec: &mut Spec, id: &str, terminal: bool) -> Result<ContainerPlan> {
     let root = spec.root().as_ref().ok_or_else(|| missing("root"))?.path().clone();
     if !root.is_absolute() || !root.is_dir() {
         return Err(Error::InvalidSpec(format!(
@@ -109,14 +120,13 @@ pub fn adapt_spec(spec: &mut Spec, id: &str, terminal: bool) -> Result<(Summary,
     }
     check_mounts(spec)?;
     let mut process = spec.process().clone().ok_or_else(|| missing("process"))?;
-    let console_size = adapt_process(&mut process, &root, terminal)?;
-    let (uid, gid) = (process.user().uid(), process.user().gid());
-    spec.set_process(Some(process));
-
     let linux = spec.linux_mut().as_mut().ok_or_else(|| missing("linux"))?;
     linux.set_cgroups_path(Some(Cgroup::spec_path(id)));
-    let mut own_pid_namespace = false;
-    for namespace in linux.namespaces().iter().flatten() {
+    let seccomp = linux.seccomp().clone();
+    linux.set_seccomp(None);
+
+    let namespaces = linux.namespaces().clone().unwrap_or_default();
+    for namespace in &namespaces {
         if let Some(path) = namespace.path().as_ref().filter(|path| !path.exists()) {
             return Err(Error::InvalidSpec(format!(
                 "namespace {:?} is {}, which does not exist in the guest",
@@ -124,25 +134,34 @@ pub fn adapt_spec(spec: &mut Spec, id: &str, terminal: bool) -> Result<(Summary,
                 path.display()
             )));
         }
-        own_pid_namespace |= namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_none();
     }
-    let own_network =
-        linux.namespaces().iter().flatten().any(|namespace| namespace.typ() == LinuxNamespaceType::Network);
+    let namespace = |kind| namespaces.iter().find(|namespace| namespace.typ() == kind);
+    let own_pid_namespace =
+        namespace(LinuxNamespaceType::Pid).is_some_and(|namespace| namespace.path().is_none());
     let mut network_sysctls = Vec::new();
-    if !own_network && let Some(sysctls) = linux.sysctl_mut() {
-        network_sysctls =
-            sysctls.extract_if(|key, _| key.starts_with("net.") || key.starts_with("net/")).collect();
+    if namespace(LinuxNamespaceType::Network).is_none()
+        && let Some(sysctls) = linux.sysctl_mut()
+    {
+        let of_network = |key: &str| key.starts_with("net.") || key.starts_with("net/");
+        network_sysctls = sysctls.extract_if(|key, _| of_network(key)).collect();
     }
-    Ok((Summary { uid, gid, console_size, own_pid_namespace }, network_sysctls))
+    let plan = adapt_process(&mut process, &root, terminal, seccomp.is_some())?;
+    spec.set_process(Some(process));
+    Ok(ContainerPlan { process: plan, own_pid_namespace, seccomp, network_sysctls })
 }
 
-/// Checks a process and adapts it to the guest; returns the size of its terminal, if it says. `root` is the
-/// root directory of its container.
+/// Checks a process and adapts it to the guest. `root` is the root directory of its container, `seccomp` tells
+/// whether that has a filter.
 ///
 /// # Errors
 ///
 /// `InvalidSpec` naming the field.
-pub fn adapt_process(process: &mut Process, root: &Path, terminal: bool) -> Result<Option<(u16, u16)>> {
+pub fn adapt_process(
+    process: &mut Process,
+    root: &Path,
+    terminal: bool,
+    seccomp: bool,
+) -> Result<ProcessPlan> {
     if process.args().as_ref().is_none_or(Vec::is_empty) {
         return Err(missing("process.args"));
     }
@@ -150,9 +169,11 @@ pub fn adapt_process(process: &mut Process, root: &Path, terminal: bool) -> Resu
         return Err(Error::InvalidSpec(format!("process.cwd {} is not absolute", process.cwd().display())));
     }
     process.set_terminal(Some(terminal));
-    // libcontainer takes any value for a wish, so that seccomp would be set up without the privilege for it.
-    if process.no_new_privileges() == Some(false) {
-        process.set_no_new_privileges(None);
+    let mut plan =
+        ProcessPlan { user: (process.user().uid(), process.user().gid()), ..ProcessPlan::default() };
+    if seccomp && process.no_new_privileges() != Some(true) {
+        plan.capabilities = process.capabilities().clone();
+        process.set_capabilities(None);
     }
     // The guest has neither AppArmor nor SELinux; the profiles are the host's, and the VM stands in for them.
     process.set_apparmor_profile(None).set_selinux_label(None);
@@ -167,7 +188,8 @@ pub fn adapt_process(process: &mut Process, root: &Path, terminal: bool) -> Resu
         .console_size()
         .as_ref()
         .and_then(|size| Some((u16::try_from(size.width()).ok()?, u16::try_from(size.height()).ok()?)));
-    Ok(size.filter(|(columns, rows)| *columns > 0 && *rows > 0))
+    plan.console_size = size.filter(|(columns, rows)| *columns > 0 && *rows > 0);
+    Ok(plan)
 }
 
 fn check_mounts(spec: &Spec) -> Result<()> {
@@ -229,12 +251,10 @@ mod tests {
         })
     }
 
-    type Adapted = (Spec, Summary, Vec<(String, String)>);
-
-    fn adapt(document: &Value) -> Result<Adapted> {
+    fn adapt(document: &Value) -> Result<(Spec, ContainerPlan)> {
         let mut spec = read_spec(Some(&any(SPEC_TYPE_URL, document)))?;
-        let (summary, sysctls) = adapt_spec(&mut spec, "c", false)?;
-        Ok((spec, summary, sysctls))
+        let plan = adapt_spec(&mut spec, "c", false)?;
+        Ok((spec, plan))
     }
 
     fn reason(document: &Value) -> String {
@@ -273,11 +293,11 @@ mod tests {
     fn the_container_gets_its_own_cgroup_whatever_it_asks_for() {
         let root = tempfile::tempdir().unwrap();
 
-        let (spec, summary, _) = adapt(&document(root.path())).unwrap();
+        let (spec, plan) = adapt(&document(root.path())).unwrap();
 
         let path = spec.linux().as_ref().unwrap().cgroups_path().clone();
         assert_eq!(path, Some("/mayu/c".into()));
-        assert_eq!((summary.uid, summary.gid, summary.own_pid_namespace), (33, 34, true));
+        assert_eq!((plan.process.user, plan.own_pid_namespace), ((33, 34), true));
     }
 
     #[test]
@@ -307,9 +327,9 @@ mod tests {
         let mut document = document(root.path());
         document["linux"]["sysctl"] = json!({"net.ipv4.ip_forward": "1", "kernel.shmmax": "2"});
 
-        let (spec, _, sysctls) = adapt(&document).unwrap();
+        let (spec, plan) = adapt(&document).unwrap();
 
-        assert_eq!(sysctls, [("net.ipv4.ip_forward".to_owned(), "1".to_owned())]);
+        assert_eq!(plan.network_sysctls, [("net.ipv4.ip_forward".to_owned(), "1".to_owned())]);
         let left = spec.linux().as_ref().unwrap().sysctl().clone().unwrap();
         assert_eq!(left.keys().collect::<Vec<_>>(), ["kernel.shmmax"]);
     }
@@ -320,7 +340,7 @@ mod tests {
         let home = |uid: u32| {
             let mut document = document(root.path());
             document["process"]["user"]["uid"] = json!(uid);
-            let (spec, ..) = adapt(&document).unwrap();
+            let (spec, _) = adapt(&document).unwrap();
             spec.process().as_ref().unwrap().env().clone().unwrap()
         };
         assert_eq!(home(33), ["A=1", "HOME=/"]);
@@ -342,19 +362,39 @@ mod tests {
     fn a_process_is_adapted_to_the_guest() {
         let root = tempfile::tempdir().unwrap();
         let mut process: Process = serde_json::from_value(json!({
-            "args": ["sh"], "cwd": "/", "user": {"uid": 0, "gid": 0}, "env": ["HOME=/mine"],
-            "noNewPrivileges": false, "apparmorProfile": "cri-containerd.apparmor.d", "selinuxLabel": "x",
+            "args": ["sh"], "cwd": "/", "user": {"uid": 1, "gid": 2}, "env": ["HOME=/mine"],
+            "apparmorProfile": "cri-containerd.apparmor.d", "selinuxLabel": "x",
             "consoleSize": {"width": 80, "height": 25},
         }))
         .unwrap();
 
-        let size = adapt_process(&mut process, root.path(), true).unwrap();
+        let plan = adapt_process(&mut process, root.path(), true, false).unwrap();
 
-        assert_eq!(size, Some((80, 25)));
+        let expected = ProcessPlan { user: (1, 2), console_size: Some((80, 25)), capabilities: None };
+        assert_eq!(plan, expected);
         assert_eq!(process.terminal(), Some(true));
-        assert_eq!(process.no_new_privileges(), None);
         assert_eq!(process.apparmor_profile(), &None);
         assert_eq!(process.selinux_label(), &None);
         assert_eq!(process.env().as_deref(), Some(&["HOME=/mine".to_owned()][..]));
+    }
+
+    #[test]
+    fn capabilities_are_kept_back_where_a_filter_needs_privilege() {
+        let root = tempfile::tempdir().unwrap();
+        let kept_back = |no_new_privileges: Value, seccomp| {
+            let mut process: Process = serde_json::from_value(json!({
+                "args": ["sh"], "cwd": "/", "user": {"uid": 0, "gid": 0},
+                "capabilities": {"bounding": ["CAP_KILL"]}, "noNewPrivileges": no_new_privileges,
+            }))
+            .unwrap();
+            let plan = adapt_process(&mut process, root.path(), false, seccomp).unwrap();
+            assert_eq!(plan.capabilities.is_some(), process.capabilities().is_none());
+            plan.capabilities.is_some()
+        };
+
+        assert!(kept_back(json!(null), true));
+        assert!(kept_back(json!(false), true));
+        assert!(!kept_back(json!(true), true));
+        assert!(!kept_back(json!(false), false));
     }
 }

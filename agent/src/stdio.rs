@@ -99,25 +99,25 @@ impl StdioRequest {
     }
 
     /// Makes the pipes of a process that has no terminal; a stream nobody asked for is /dev/null. The pipes
-    /// belong to the process's user, or it could not open /dev/stdout.
+    /// belong to `user` (and group), the process's, or it could not open /dev/stdout.
     ///
     /// # Errors
     ///
     /// `System` where the kernel refuses.
-    pub fn pipes(&self, uid: u32, gid: u32) -> Result<(Ends, ChildStdio)> {
+    pub fn pipes(&self, user: (u32, u32)) -> Result<(Ends, ChildStdio)> {
         let mut ends = Ends::default();
         let output = |wanted: &str| -> Result<(Option<Receiver>, OwnedFd)> {
             if wanted.is_empty() {
                 return Ok((None, null()?));
             }
-            let (read, write) = owned_pipe(uid, gid)?;
+            let (read, write) = owned_pipe(user)?;
             let read = Receiver::from_owned_fd(read).map_err(Error::io("watch a pipe"))?;
             Ok((Some(read), write))
         };
         let stdin = if self.stdin.is_empty() {
             null()?
         } else {
-            let (read, write) = owned_pipe(uid, gid)?;
+            let (read, write) = owned_pipe(user)?;
             ends.stdin = Some(Sender::from_owned_fd(write).map_err(Error::io("watch a pipe"))?);
             read
         };
@@ -278,7 +278,7 @@ async fn finish_output(mut socket: Socket) {
     let _ = socket.shutdown().await;
 }
 
-fn owned_pipe(uid: u32, gid: u32) -> Result<(OwnedFd, OwnedFd)> {
+fn owned_pipe((uid, gid): (u32, u32)) -> Result<(OwnedFd, OwnedFd)> {
     let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(Error::system("make a pipe"))?;
     // Both ends are one inode.
     fchown(read.as_fd(), Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
@@ -305,7 +305,7 @@ mod tests {
     use super::*;
 
     fn own(request: &StdioRequest) -> (Ends, ChildStdio) {
-        request.pipes(geteuid().as_raw(), getegid().as_raw()).unwrap()
+        request.pipes((geteuid().as_raw(), getegid().as_raw())).unwrap()
     }
 
     fn all() -> StdioRequest {

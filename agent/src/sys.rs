@@ -236,3 +236,36 @@ pub fn watch(descriptor: OwnedFd, interest: Interest) -> io::Result<AsyncFd<Owne
     // `AsyncFd` does only after it has deregistered it.
     unsafe { AsyncFd::register_with_interest(descriptor, interest) }.map_err(Into::into)
 }
+
+/// The calling architecture as seccomp filters see it (linux/audit.h).
+const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+/// Bit of the syscall numbers of the x32 ABI (asm/unistd.h).
+const X32_SYSCALL_BIT: u32 = 0x4000_0000;
+
+/// Has every syscall with a greater number than `newest` fail with ENOSYS from now on, also where an earlier
+/// filter chose another error: of equal actions the latest filter's counts (seccomp(2)).
+///
+/// # Errors
+///
+/// EACCES without no_new_privs or CAP_SYS_ADMIN.
+pub fn refuse_syscalls_after(newest: u32) -> Result<(), Errno> {
+    let load = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
+    let jump_equal = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+    let jump_greater = (libc::BPF_JMP | libc::BPF_JGT | libc::BPF_K) as u16;
+    let verdict = (libc::BPF_RET | libc::BPF_K) as u16;
+    let instruction = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    // `struct seccomp_data` holds the number at 0 and the architecture at 4.
+    let program = [
+        instruction(load, 0, 0, 4),
+        instruction(jump_equal, 0, 3, AUDIT_ARCH_X86_64),
+        instruction(load, 0, 0, 0),
+        instruction(jump_greater, 1, 0, X32_SYSCALL_BIT - 1),
+        instruction(jump_greater, 1, 0, newest),
+        instruction(verdict, 0, 0, libc::SECCOMP_RET_ALLOW),
+        instruction(verdict, 0, 0, libc::SECCOMP_RET_ERRNO | libc::ENOSYS.cast_unsigned()),
+    ];
+    let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
+    // SAFETY: the kernel reads the program that `sock_fprog` describes, which lives until the call returns.
+    let result = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
+    Errno::result(result).map(drop)
+}

@@ -69,7 +69,7 @@ impl Containers {
     async fn create(&self, request: CreateTaskRequest) -> Result<Arc<Container>> {
         check_id(&request.id)?;
         let mut spec = spec::read_spec(request.options.as_ref())?;
-        let (summary, sysctls) = spec::adapt_spec(&mut spec, &request.id, request.terminal)?;
+        let plan = spec::adapt_spec(&mut spec, &request.id, request.terminal)?;
         let stdio = StdioRequest {
             terminal: request.terminal,
             stdin: request.stdin,
@@ -84,12 +84,12 @@ impl Containers {
             match table.entry(request.id) {
                 Entry::Occupied(taken) => return Err(Error::ContainerExists(taken.key().clone())),
                 Entry::Vacant(vacant) => {
-                    let container = Container::new(Arc::clone(&self.runtime), vacant.key(), stdio, summary)?;
+                    let container = Container::new(Arc::clone(&self.runtime), vacant.key(), stdio, plan)?;
                     Arc::clone(vacant.insert(Arc::new(container)))
                 }
             }
         };
-        match container.set_up(spec, &sysctls).await {
+        match container.set_up(spec).await {
             Ok(()) => Ok(container),
             Err(error) => {
                 self.table().remove(container.id());

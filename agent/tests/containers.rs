@@ -46,6 +46,7 @@ fn containers() {
             signals_end_a_process,
             an_exec_runs_beside_the_init,
             an_exec_is_confined_as_its_container,
+            a_container_may_divide_its_cgroup,
             a_terminal_works,
             a_pause_stops_and_a_resume_continues,
             limits_are_set_and_changed_and_read,
@@ -316,11 +317,42 @@ async fn an_exec_is_confined_as_its_container(agent: &Agent) {
             output.stderr
         );
         assert!(output.stderr.contains("Operation not supported"), "{}", output.stderr);
+        let mut as_user = support::spec(&["sh", "-c", status])["process"].take();
+        as_user["user"] = json!({"uid": 1000, "gid": 1000});
+        let output = agent.run_process("seccomp", "u", as_user, b"").await;
+        let none = "0000000000000000";
+        assert_eq!(
+            output.stdout,
+            format!("CapPrm:\t{none}\nCapEff:\t{none}\nCapBnd:\t{caps}\nNoNewPrivs:\t0\nSeccomp:\t2\n"),
+        );
         agent.kill("seccomp", "", 9, false).await.unwrap();
         let output = agent.finish("seccomp", "", init).await;
         assert_eq!(output.stdout, "1\n", "{}", output.stderr);
         agent.delete("seccomp", "").await.unwrap();
     }
+}
+
+async fn a_container_may_divide_its_cgroup(agent: &Agent) {
+    let script = "cd /sys/fs/cgroup && mkdir -p own/below && echo 1 > own/cgroup.procs && \
+                  echo +memory > cgroup.subtree_control && echo divided && exec sleep 1000";
+    let mut spec = spec(&["sh", "-c", script]);
+    for mount in spec["mounts"].as_array_mut().unwrap() {
+        if mount["type"] == "cgroup" {
+            mount["options"] = json!(["rw"]);
+        }
+    }
+    let mut init = agent.create("divided", spec, false).await.unwrap();
+    agent.start("divided", "").await.unwrap();
+    assert_eq!(init.read_some().await, "divided\n".len());
+
+    // A cgroup with controllers for its children takes no processes: the exec joins the init.
+    let output = agent.run_exec("divided", "e", &["cat", "/proc/self/cgroup"], b"").await;
+
+    assert_eq!(output.stdout, "0::/own\n");
+    assert_eq!(agent.pids("divided").await.len(), 1);
+    agent.kill("divided", "", 9, true).await.unwrap();
+    agent.finish("divided", "", init).await;
+    agent.delete("divided", "").await.unwrap();
 }
 
 async fn a_terminal_works(agent: &Agent) {
@@ -489,12 +521,12 @@ async fn many_execs_leave_nothing(agent: &Agent) {
         let output = agent.run_exec("many", &format!("e{number}"), &["echo", &text], b"").await;
         assert_eq!((output.stdout, output.status), (format!("{text}\n"), 0));
     }
-    let together = (0..20).map(|number| async move {
+    let together = (0..50).map(|number| async move {
         let text = format!("together {number}");
         agent.run_exec("many", &format!("t{number}"), &["echo", &text], b"").await.stdout
     });
     let outputs: BTreeSet<String> = futures::future::join_all(together).await.into_iter().collect();
-    assert_eq!(outputs.len(), 20);
+    assert_eq!(outputs.len(), 50);
 
     assert_eq!(support::open_files(), files);
     let grown = agent.health().await.agent_rss_bytes.saturating_sub(memory);

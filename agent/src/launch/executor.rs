@@ -10,23 +10,21 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use libcontainer::capabilities::drop_privileges;
-use libcontainer::seccomp::initialize_seccomp;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access, execve};
 use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, Process, Spec};
 
+use super::seccomp;
+
 /// Executes a container process's program. libcontainer's own executor differs from runc where a user notices:
 /// in its messages, in the order of the environment, and in that it reports no failure to execute an init.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct ProgramExecutor {
-    /// Where an init says why its program could not be executed.
-    pub failure_pipe: Option<Rc<OwnedFd>>,
-    /// The container's filter, for an exec, to which libcontainer does not apply it.
-    pub seccomp: Option<LinuxSeccomp>,
-    /// The capabilities to keep, where the filter has to be installed before the others are given up.
-    pub capabilities: Option<LinuxCapabilities>,
+    failure_pipe: Option<Rc<OwnedFd>>,
+    seccomp: Option<LinuxSeccomp>,
+    capabilities: Option<LinuxCapabilities>,
     program: Rc<RefCell<PathBuf>>,
 }
 
@@ -62,6 +60,17 @@ impl Executor for ProgramExecutor {
 }
 
 impl ProgramExecutor {
+    /// An executor that says into `failure_pipe` why it could not execute the program, installs the filter
+    /// `seccomp` first, which libcontainer does not do for an exec, and then gives up all but `capabilities`, if
+    /// the filter can be installed only with the others.
+    pub fn new(
+        failure_pipe: Option<OwnedFd>,
+        seccomp: Option<LinuxSeccomp>,
+        capabilities: Option<LinuxCapabilities>,
+    ) -> Self {
+        Self { failure_pipe: failure_pipe.map(Rc::new), seccomp, capabilities, program: Rc::default() }
+    }
+
     fn execute(&self, spec: &Spec) -> Result<std::convert::Infallible, String> {
         let process = process(spec)?;
         let arguments = c_strings(process.args().iter().flatten())?;
@@ -69,7 +78,7 @@ impl ProgramExecutor {
         let program = self.program.borrow();
         let path = c_strings([program.to_string_lossy()])?.remove(0);
         if let Some(seccomp) = &self.seccomp {
-            initialize_seccomp(seccomp).map_err(|error| format!("seccomp: {error}"))?;
+            seccomp::install(seccomp)?;
         }
         if let Some(capabilities) = &self.capabilities {
             drop_privileges(capabilities, create_syscall().as_ref())

@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::ExitCode;
-use std::rc::Rc;
 
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::container::{Container, ContainerStatus};
@@ -14,7 +13,7 @@ use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Uid, fchown};
-use oci_spec::runtime::{Process, Spec};
+use serde::de::DeserializeOwned;
 
 use super::executor::ProgramExecutor;
 use super::trace::ErrorLog;
@@ -63,14 +62,15 @@ fn launch(request: &Request, mut descriptors: Vec<OwnedFd>) -> Result<(i32, Opti
     sys::restore_sigpipe().map_err(Error::system("restore SIGPIPE"))?;
     umask(Mode::from_bits_truncate(0o022));
 
-    let mut executor = ProgramExecutor::default();
-    if let ProcessKind::Init { .. } = request.process {
-        executor.failure_pipe = descriptors.pop().map(Rc::new);
-    }
-    let process = match &request.process {
-        ProcessKind::Init { .. } => None,
-        ProcessKind::Exec { process, .. } => Some(confine_exec(request, process, &mut executor)?),
+    let failure_pipe = match request.process {
+        ProcessKind::Init { .. } => descriptors.pop(),
+        ProcessKind::Exec { .. } => {
+            mark_running(request)?;
+            None
+        }
     };
+    let seccomp = request.seccomp.as_deref().map(read_json).transpose()?;
+    let executor = ProgramExecutor::new(failure_pipe, seccomp, request.capabilities.clone());
     let console = request.console_socket.as_deref().map(Console::listen).transpose()?;
     let mut builder = ContainerBuilder::new(request.id.clone(), SyscallType::default())
         .with_root_path(&request.state_directory)
@@ -95,51 +95,23 @@ fn launch(request: &Request, mut descriptors: Vec<OwnedFd>) -> Result<(i32, Opti
             .build()?
             .as_raw(),
     };
-    let Some(console) = console else { return Ok((pid, None)) };
-    let user = match process {
-        Some(process) => process.user().clone(),
-        None => init_user(request)?,
-    };
-    console.receive(user.uid(), user.gid()).map(|terminal| (pid, Some(terminal)))
+    let terminal = console.map(|console| console.receive(request.user)).transpose()?;
+    Ok((pid, terminal))
 }
 
-/// Prepares what libcontainer leaves out for an exec: that its container counts as running, and that the
-/// container's seccomp filter holds for it, too.
-fn confine_exec(request: &Request, process_file: &Path, executor: &mut ProgramExecutor) -> Result<Process> {
-    let directory = request.state_directory.join(&request.id);
-    let mut container = Container::load(directory)?;
+/// Has libcontainer take the container for a running one, where it allows execs: the agent starts the init
+/// itself and does not keep libcontainer's books.
+fn mark_running(request: &Request) -> Result<()> {
+    let mut container = Container::load(request.state_directory.join(&request.id))?;
     if container.status() == ContainerStatus::Created {
-        // The agent starts the init itself and does not keep libcontainer's books.
         container.set_status(ContainerStatus::Running).save()?;
     }
-    let spec = Spec::load(container.bundle().join("config.json"))
-        .map_err(|error| Error::InvalidSpec(error.to_string()))?;
-    executor.seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
-
-    let text = fs::read(process_file).map_err(Error::file("read", process_file))?;
-    let mut process: Process =
-        serde_json::from_slice(&text).map_err(|error| Error::InvalidSpec(error.to_string()))?;
-    if executor.seccomp.is_some() && process.no_new_privileges() != Some(true) {
-        // Then only a privileged process may install a filter, and libcontainer would have made it drop that
-        // privilege: the executor drops the capabilities after the filter is in place.
-        executor.capabilities = process.capabilities().clone();
-        process.set_capabilities(None);
-        let text = serde_json::to_vec(&process).map_err(|error| Error::InvalidSpec(error.to_string()))?;
-        fs::write(process_file, text).map_err(Error::file("write", process_file))?;
-    }
-    Ok(process)
+    Ok(())
 }
 
-fn init_user(request: &Request) -> Result<oci_spec::runtime::User> {
-    let ProcessKind::Init { bundle } = &request.process else {
-        return Err(Error::InvalidRequest("not an init process".into()));
-    };
-    let spec =
-        Spec::load(bundle.join("config.json")).map_err(|error| Error::InvalidSpec(error.to_string()))?;
-    spec.process()
-        .as_ref()
-        .map(|process| process.user().clone())
-        .ok_or_else(|| Error::InvalidSpec("process is missing".into()))
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = fs::read(path).map_err(Error::file("read", path))?;
+    serde_json::from_slice(&text).map_err(|error| Error::InvalidSpec(error.to_string()))
 }
 
 /// Where libcontainer sends a terminal's master.
@@ -153,7 +125,7 @@ impl Console {
     }
 
     /// The master; the terminal is handed to the process's user, or it could not open /dev/stdout.
-    fn receive(&self, uid: u32, gid: u32) -> Result<OwnedFd> {
+    fn receive(&self, (uid, gid): (u32, u32)) -> Result<OwnedFd> {
         // libcontainer has connected and sent before it returned.
         let (stream, _) = self.listener.accept().map_err(Error::io("accept the terminal"))?;
         let mut buffer = [0; 64];

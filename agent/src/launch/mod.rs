@@ -7,6 +7,7 @@
 
 mod executor;
 pub mod helper;
+mod seccomp;
 mod trace;
 
 use std::io::IoSlice;
@@ -20,6 +21,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
 use nix::unistd::Pid;
+use oci_spec::runtime::LinuxCapabilities;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::Interest;
@@ -45,6 +47,12 @@ pub struct Request {
     /// Where the helper may make a socket to receive the terminal; nothing for a process without one, whose
     /// standard streams are the first three descriptors that come with the request.
     pub console_socket: Option<PathBuf>,
+    /// User and group of the process, who will own its terminal.
+    pub user: (u32, u32),
+    /// A file with the container's seccomp filter in JSON.
+    pub seccomp: Option<PathBuf>,
+    /// What the process may keep of its capabilities, where that is not left to libcontainer.
+    pub capabilities: Option<LinuxCapabilities>,
     /// Which process.
     pub process: ProcessKind,
 }
@@ -246,6 +254,9 @@ mod tests {
             id: "c".into(),
             state_directory: "/no/such".into(),
             console_socket: None,
+            user: (0, 0),
+            seccomp: None,
+            capabilities: None,
             process: ProcessKind::Init { bundle: "/no/such".into() },
         };
 

@@ -259,7 +259,12 @@ impl Agent {
 
     /// Runs an exec from its creation to its deletion.
     pub async fn run_exec(&self, id: &str, exec_id: &str, args: &[&str], input: &[u8]) -> Output {
-        let process = self.exec_with(id, exec_id, args, !input.is_empty()).await.unwrap();
+        self.run_process(id, exec_id, spec(args)["process"].take(), input).await
+    }
+
+    /// The same, with all that a process's spec can say.
+    pub async fn run_process(&self, id: &str, exec_id: &str, spec: Value, input: &[u8]) -> Output {
+        let process = self.exec_with(id, exec_id, &spec, !input.is_empty()).await.unwrap();
         self.start(id, exec_id).await.unwrap();
         let output = self.feed(id, exec_id, process, input).await;
         self.delete(id, exec_id).await.unwrap();
@@ -328,10 +333,10 @@ impl Agent {
     }
 
     pub async fn exec(&self, id: &str, exec_id: &str, args: &[&str]) -> Result<Process> {
-        self.exec_with(id, exec_id, args, false).await
+        self.exec_with(id, exec_id, &spec(args)["process"], false).await
     }
 
-    async fn exec_with(&self, id: &str, exec_id: &str, args: &[&str], stdin: bool) -> Result<Process> {
+    async fn exec_with(&self, id: &str, exec_id: &str, spec: &Value, stdin: bool) -> Result<Process> {
         let ids = self.streams();
         let request = ExecProcessRequest {
             id: id.to_owned(),
@@ -339,7 +344,7 @@ impl Agent {
             stdin: if stdin { ids[0].to_string() } else { String::new() },
             stdout: ids[1].to_string(),
             stderr: ids[2].to_string(),
-            spec: any(PROCESS_TYPE_URL, &spec(args)["process"]),
+            spec: any(PROCESS_TYPE_URL, spec),
             ..Default::default()
         };
         self.task.exec(forever(), &request).await?;
