@@ -106,6 +106,18 @@ impl Container {
         run(ctr(["task", verb]).args(flags).arg(&self.id))
     }
 
+    /// Deletes its stopped task, and returns the exit code that containerd knows of.
+    ///
+    /// # Panics
+    /// It cannot be deleted.
+    #[track_caller]
+    pub fn delete_task(&self) -> i32 {
+        // ctr succeeds whatever the task's exit code was, and warns of one that is not zero.
+        let warnings = self.task("delete", &[]).success().stderr;
+        let code = warnings.split("exit with non-zero exit code ").nth(1);
+        code.map_or(0, |code| code.trim_end_matches(|c: char| !c.is_ascii_digit()).parse().expect("a number"))
+    }
+
     /// What `ctr task ls` says of its task: `RUNNING`, `STOPPED`, `PAUSED`, or nothing when there is none.
     #[track_caller]
     pub fn status(&self) -> Option<String> {

@@ -30,6 +30,7 @@ impl Bundle {
         let mut spec: Value = serde_json::from_str(&text).expect("ctr prints JSON");
         spec["root"] = json!({ "path": dir.path().join("rootfs"), "readonly": false });
         spec["process"]["terminal"] = json!(false);
+        spec["process"]["env"] = json!(["PATH=/bin"]);
         spec["process"]["args"] = json!(["/bin/sh", "-c", script]);
         Self { dir, spec }
     }
@@ -37,6 +38,27 @@ impl Bundle {
     /// The root filesystem on the host.
     pub fn rootfs(&self) -> std::path::PathBuf {
         self.dir.path().join("rootfs")
+    }
+
+    /// Adds a mount to the spec.
+    ///
+    /// # Panics
+    /// The spec has no list of mounts.
+    pub fn mount(&mut self, mount: Value) {
+        self.spec["mounts"].as_array_mut().expect("a list of mounts").push(mount);
+    }
+
+    /// Shows the container its own cgroup at /sys/fs/cgroup.
+    ///
+    /// # Panics
+    /// The spec has no list of namespaces.
+    pub fn mount_cgroup(&mut self) {
+        let namespaces = self.spec["linux"]["namespaces"].as_array_mut().expect("a list of namespaces");
+        if !namespaces.iter().any(|namespace| namespace["type"] == "cgroup") {
+            namespaces.push(json!({ "type": "cgroup" }));
+        }
+        let options = ["ro", "nosuid", "noexec", "nodev"];
+        self.mount(json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": options }));
     }
 
     /// Runs the container in the foreground until it ends.

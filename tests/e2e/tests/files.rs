@@ -96,7 +96,7 @@ fn tmpfs_mounts_have_their_size_and_mode() {
     );
     let mount = json!({ "destination": "/scratch", "type": "tmpfs", "source": "tmpfs",
                         "options": ["nosuid", "size=8192k", "mode=1750"] });
-    bundle.spec["mounts"].as_array_mut().unwrap().push(mount);
+    bundle.mount(mount);
     assert_eq!(bundle.run().success().text(), "8192\n1750\nwritten");
 }
 
@@ -113,9 +113,7 @@ fn the_kernel_s_own_filesystems_are_mounted() {
 #[test]
 fn a_cgroup_mount_is_cgroup_v2() {
     let mut bundle = Bundle::sh("cat /proc/self/cgroup; cat /sys/fs/cgroup/cgroup.controllers");
-    let mount = json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
-                        "options": ["ro", "nosuid", "noexec", "nodev"] });
-    bundle.spec["mounts"].as_array_mut().unwrap().push(mount);
+    bundle.mount_cgroup();
     let text = bundle.run().success().text();
     let mut lines = text.lines();
     assert_eq!(lines.next(), Some("0::/"), "the container sees its own cgroup as the root");

@@ -18,7 +18,7 @@ fn a_detached_container_runs_stops_and_is_deleted() {
     container.script("touch /tmp/end");
 
     eventually("it has stopped", || container.status().as_deref() == Some("STOPPED"));
-    assert_eq!(container.task("delete", &[]).code, 3);
+    assert_eq!(container.delete_task(), 3);
     assert_eq!(container.status(), None);
 }
 
@@ -27,7 +27,7 @@ fn kill_9_of_the_init_gives_137() {
     let container = Container::idle(&[]);
     container.task("kill", &["--signal", "KILL"]).success();
     eventually("it has stopped", || container.status().as_deref() == Some("STOPPED"));
-    assert_eq!(container.task("delete", &[]).code, 137);
+    assert_eq!(container.delete_task(), 137);
 }
 
 #[test]
@@ -92,7 +92,7 @@ fn events_come_in_order() {
     container.task("resume", &[]).success();
     container.task("kill", &["--signal", "KILL"]).success();
     eventually("it has stopped", || container.status().as_deref() == Some("STOPPED"));
-    container.task("delete", &[]);
+    container.delete_task();
 
     let wanted = [
         "/tasks/create",

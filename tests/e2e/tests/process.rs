@@ -102,5 +102,5 @@ fn signals_reach_the_init() {
     container.task("kill", &["--signal", "TERM"]).success();
 
     mayu_e2e::shim::eventually("it has stopped", || container.status().as_deref() == Some("STOPPED"));
-    assert_eq!(container.task("delete", &[]).code, 9);
+    assert_eq!(container.delete_task(), 9);
 }

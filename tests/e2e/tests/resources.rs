@@ -22,15 +22,15 @@ fn metrics_are_the_container_s() {
     let container = Container::idle(&[]);
     assert_eq!(metric(&container, "pids.current"), 1);
     let before = metric(&container, "cpu.usage_usec");
-    assert!(metric(&container, "memory.usage_in_bytes") > 50_000);
+    assert!(metric(&container, "memory.usage") > 50_000);
 
     container.script(
         "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; head -c 20000000 /dev/zero > /dev/shm/file",
     );
 
     assert!(metric(&container, "cpu.usage_usec") > before + 10_000);
-    assert!(metric(&container, "memory.usage_in_bytes") > 20_000_000);
-    assert!(metric(&container, "memory.usage_in_bytes") < 200_000_000);
+    assert!(metric(&container, "memory.usage") > 20_000_000);
+    assert!(metric(&container, "memory.usage") < 200_000_000);
 }
 
 #[test]
@@ -42,9 +42,7 @@ fn limits_of_the_spec_hold_in_the_guest() {
         "memory": { "limit": 67_108_864 }, "pids": { "limit": 33 },
         "cpu": { "quota": 50_000, "period": 100_000, "shares": 1024 },
     });
-    let mount =
-        json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"] });
-    bundle.spec["mounts"].as_array_mut().unwrap().push(mount);
+    bundle.mount_cgroup();
     let text = bundle.run().success().text();
     let lines: Vec<_> = text.lines().collect();
     assert_eq!(lines[..3], ["67108864", "33", "50000 100000"]);
@@ -59,9 +57,7 @@ fn limits_of_the_spec_hold_in_the_guest() {
 fn an_update_of_memory_and_pids_takes_effect() {
     let mut bundle = Bundle::sh("sleep infinity");
     bundle.spec["linux"]["resources"] = json!({ "memory": { "limit": 134_217_728 } });
-    let mount =
-        json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"] });
-    bundle.spec["mounts"].as_array_mut().unwrap().push(mount);
+    bundle.mount_cgroup();
     let container = bundle.detached();
     assert_eq!(container.script("cat /sys/fs/cgroup/memory.max"), "134217728");
 

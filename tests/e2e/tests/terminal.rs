@@ -136,7 +136,10 @@ fn an_exec_may_have_a_terminal_too() {
 
 #[test]
 fn one_can_attach_to_a_detached_container() {
-    let container = Container::detached(BUSYBOX, &["--tty"], &["sh"]);
+    let container = Container::unborn();
+    // ctr wants a terminal of its own for a container with one, even if it does not stay.
+    let run = Session::start(&mut container.run_command(&["--detach", "--tty"], BUSYBOX, &["sh"]), (24, 80));
+    assert_eq!(run.end(), 0);
     let mut session = Session::start(mayu_e2e::ctr(["task", "attach"]).arg(container.id()), (24, 80));
     session.type_in("echo ATTACHED $((40+2))\n");
     session.expect("ATTACHED 42");
