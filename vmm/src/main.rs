@@ -112,8 +112,10 @@ fn serve(machine: &mut Machine, control: &mut Control, events: &mut EventLoop, l
         }
     };
     let dropped = machine.finish_console();
+    let mut errors = machine.status().device_errors;
+    errors.retain(|_, count| *count != 0);
     info!(log, "machine ended";
-        "reason" => ?reason, "console_bytes_dropped" => dropped, "status" => ?machine.status());
+        "reason" => ?reason, "console_bytes_dropped" => dropped, "device_errors" => ?errors);
     control.finish(reason)
 }
 

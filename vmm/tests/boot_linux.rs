@@ -101,8 +101,30 @@ fn stages_of_a_boot() {
     stream.read_line(&mut line).unwrap();
     let entry = Duration::from_micros(vmm.status().guest_entry_us.unwrap());
     println!("process start to guest entry: {entry:?}");
+    println!("memory of the process beside the guest's: {} KiB private", private_kib(vmm.pid(), 256 * 1024));
     println!("start of the test to the init's connection: {connected:?}");
     vmm.request(Request::Shutdown, &[]).unwrap();
     vmm.exit();
     println!("to the end: {:?}; the init said {line}{}", start.elapsed(), vmm.whole_console());
+}
+
+/// Private memory of a process in KiB, without mappings of `guest_kib` or more, from its smaps (proc(5)).
+fn private_kib(pid: i32, guest_kib: u64) -> u64 {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let (mut is_guest, mut sum) = (false, 0);
+    for line in smaps.lines() {
+        let Some((key, value)) = line.split_once(':') else { continue };
+        let kib = value.trim().trim_end_matches(" kB").parse().unwrap_or(0);
+        match key {
+            "Size" => is_guest = kib >= guest_kib,
+            "Private_Clean" | "Private_Dirty" if !is_guest => sum += kib,
+            _ => {}
+        }
+    }
+    sum
+}
+
+#[test]
+fn thirty_two_vcpus() {
+    boots(32, 512);
 }

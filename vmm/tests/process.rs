@@ -6,10 +6,15 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{Seek as _, Write as _};
+use std::io::{BufRead as _, BufReader, Seek as _, Write as _};
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use mayu_vmm_api::{ExitReason, Request, VmConfig};
+use nix::mount::{MsFlags, mount, umount};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitStatus, waitpid};
 use support::payload::{COUNT_FOREVER, RESET, elf, print};
 use support::{Vmm, config, no_kvm, skip};
 
@@ -119,6 +124,31 @@ fn the_process_has_no_privileges_and_sees_nothing_but_the_share() {
 /// CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP (linux/capability.h).
 const FILE_CAPABILITIES: u64 = 0b1_1111 | 1 << 6 | 1 << 7 | 1 << 27 | 1 << 31;
 
+#[test]
+fn what_is_mounted_in_the_share_later_appears_inside_and_goes_again() {
+    if unable() {
+        return;
+    }
+    // This thread's mounts are its own from here on, and vanish with it.
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).unwrap();
+    let share = tempfile::tempdir().unwrap();
+    mount(Some(share.path()), share.path(), none, MsFlags::MS_BIND, none).unwrap();
+    mount(none, share.path(), none, MsFlags::MS_SHARED, none).unwrap();
+    let volume = share.path().join("volume");
+    fs::create_dir(&volume).unwrap();
+
+    let (_vmm, pid) = start(share.path());
+    let inside = Path::new("/proc").join(pid.to_string()).join("root/share/volume");
+    assert!(names(&inside).is_empty());
+    mount(Some("tmpfs"), &volume, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    fs::write(volume.join("file"), "").unwrap();
+    assert_eq!(names(&inside), ["file"]);
+    umount(&volume).unwrap();
+    assert!(names(&inside).is_empty());
+}
+
 fn names(directory: &Path) -> Vec<String> {
     let mut names: Vec<_> = fs::read_dir(directory)
         .unwrap()
@@ -167,8 +197,8 @@ fn the_process_ends_with_the_control_socket() {
     }
     let (vmm, pid) = start(tempfile::tempdir().unwrap().path());
     vmm.hang_up();
-    let status = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None).unwrap();
-    assert_eq!(status, nix::sys::wait::WaitStatus::Exited(nix::unistd::Pid::from_raw(pid), 0));
+    let pid = nix::unistd::Pid::from_raw(pid);
+    assert_eq!(waitpid(pid, None).unwrap(), WaitStatus::Exited(pid, 0));
 }
 
 #[test]
@@ -180,4 +210,40 @@ fn a_message_that_is_none_ends_the_machine() {
     vmm.send_raw(b"{}");
     let ExitReason::Failed(reason) = vmm.exit() else { panic!("not a failure") };
     assert!(reason.contains("malformed frame"), "{reason}");
+}
+
+/// Not a test: the shim of the test below, in a process of its own.
+#[test]
+#[ignore = "run by the_process_dies_with_the_shim"]
+fn a_shim_that_waits_to_be_killed() {
+    let (mut vmm, pid) = start(tempfile::tempdir().unwrap().path());
+    // Holds the control socket for longer than this process lives, so that its end is not what ends the machine.
+    let holder = Command::new("sleep").arg("60").stdin(vmm.control_socket()).spawn().unwrap();
+    println!("\nmachine {pid} holder {}", holder.id());
+    vmm.wait_for_end();
+}
+
+#[test]
+fn the_process_dies_with_the_shim() {
+    if unable() {
+        return;
+    }
+    nix::sys::prctl::set_child_subreaper(true).unwrap();
+    let mut shim = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "a_shim_that_waits_to_be_killed", "--nocapture"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(shim.stdout.take().unwrap()).lines();
+    let line = lines.map(Result::unwrap).find(|line| line.starts_with("machine")).unwrap();
+    let pids: Vec<_> =
+        line.split(' ').filter_map(|word| word.parse().ok()).map(nix::unistd::Pid::from_raw).collect();
+
+    shim.kill().unwrap();
+    shim.wait().unwrap();
+
+    let end = waitpid(pids[0], None).unwrap();
+    kill(pids[1], Signal::SIGKILL).unwrap();
+    waitpid(pids[1], None).unwrap();
+    assert_eq!(end, WaitStatus::Signaled(pids[0], Signal::SIGKILL, false));
 }

@@ -176,6 +176,11 @@ impl Vmm {
         nix::sys::socket::send(self.socket.as_raw_fd(), bytes, MsgFlags::empty()).unwrap();
     }
 
+    /// Another descriptor of this end of the control socket.
+    pub fn control_socket(&self) -> OwnedFd {
+        self.socket.try_clone().unwrap()
+    }
+
     /// Closes the control socket, as a shim does that dies.
     pub fn hang_up(self) {}
 

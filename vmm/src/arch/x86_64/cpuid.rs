@@ -13,8 +13,11 @@ mod leaf {
     pub const CACHES: u32 = 0x4;
     pub const MONITOR: u32 = 0x5;
     pub const POWER: u32 = 0x6;
+    pub const STRUCTURED_FEATURES: u32 = 0x7;
     pub const PERFORMANCE: u32 = 0xa;
     pub const TOPOLOGY: u32 = 0xb;
+    pub const SGX: u32 = 0x12;
+    pub const PROCESSOR_TRACE: u32 = 0x14;
     pub const TOPOLOGY_V2: u32 = 0x1f;
     pub const EXTENDED_FEATURES: u32 = 0x8000_0001;
     pub const EXTENDED_SIZES: u32 = 0x8000_0008;
@@ -35,6 +38,11 @@ const FEATURE_HYPER_THREADING: u32 = 1 << 28;
 
 /// Leaf 6 EAX: the APIC timer runs in every power state.
 const POWER_CONSTANT_APIC_TIMER: u32 = 1 << 2;
+
+/// Leaf 7 EBX: SGX and processor trace. ECX: SGX launch control. Enclaves would need memory of their own, and traces
+/// are the host's.
+const HIDDEN_STRUCTURED_EBX: u32 = 1 << 2 | 1 << 25;
+const HIDDEN_STRUCTURED_ECX: u32 = 1 << 30;
 
 /// Leaf 0x8000_0001 ECX: SVM, lightweight profiling, core performance counters, northbridge and L3 counters.
 const HIDDEN_EXTENDED_FEATURES: u32 = 1 << 2 | 1 << 15 | 1 << 23 | 1 << 24 | 1 << 28;
@@ -76,7 +84,16 @@ impl CpuidTemplate {
                     }
                 }
                 leaf::CACHES => share_cache(entry, vcpus, vcpus.min(64) - 1),
-                leaf::MONITOR | leaf::PERFORMANCE | leaf::SVM | leaf::AMD_PERFORMANCE => clear(entry),
+                leaf::STRUCTURED_FEATURES if entry.index == 0 => {
+                    entry.ebx &= !HIDDEN_STRUCTURED_EBX;
+                    entry.ecx &= !HIDDEN_STRUCTURED_ECX;
+                }
+                leaf::MONITOR
+                | leaf::PERFORMANCE
+                | leaf::SGX
+                | leaf::PROCESSOR_TRACE
+                | leaf::SVM
+                | leaf::AMD_PERFORMANCE => clear(entry),
                 leaf::POWER => {
                     clear(entry);
                     entry.eax = POWER_CONSTANT_APIC_TIMER;
@@ -177,9 +194,16 @@ mod tests {
     }
 
     #[test]
-    fn performance_counters_and_nested_virtualisation_are_hidden() {
+    fn what_the_machine_does_not_have_is_hidden() {
         let all = [u32::MAX; 4];
-        let hidden = [leaf::PERFORMANCE, leaf::MONITOR, leaf::SVM, leaf::AMD_PERFORMANCE];
+        let hidden = [
+            leaf::PERFORMANCE,
+            leaf::MONITOR,
+            leaf::SGX,
+            leaf::PROCESSOR_TRACE,
+            leaf::SVM,
+            leaf::AMD_PERFORMANCE,
+        ];
         let supported: Vec<_> = hidden.iter().map(|function| entry(*function, all)).collect();
         let cpuid = template(&supported, 1).for_vcpu(0).unwrap();
         for function in hidden {
