@@ -23,7 +23,7 @@ use crate::process::{Process, State, Step};
 use crate::sandbox::{Blueprint, Sandbox};
 use crate::spec::{self, GuestSpec};
 use crate::state_dir::StateDir;
-use crate::stdio::{Endpoints, Opened, Present, Streams};
+use crate::stdio::{Endpoints, Opened, Streams};
 use crate::storage::{self, Storage};
 use crate::{Error, Result, exits, id};
 
@@ -194,7 +194,7 @@ impl Pod {
         Ok(sandbox.pid())
     }
 
-    /// Opens containerd's ends, has the agent make the process, connects the guest's ends.
+    /// Has the agent make the process, and connects the guest's ends of its streams.
     async fn attach_process<F>(
         &self,
         sandbox: &Sandbox,
@@ -204,9 +204,7 @@ impl Pod {
     where
         F: Future<Output = Result<()>>,
     {
-        let deadline = sandbox.config.timeouts.request();
-        let opened = Opened::open(&process.endpoints, process.id(), &self.namespace, deadline).await?;
-        let present = opened.present();
+        let present = process.endpoints.present()?;
         let ids = [present.stdin, present.stdout, present.stderr].map(|is| is.then(|| sandbox.next_stream()));
         let [stdin, stdout, stderr] = ids.map(|id| id.map(|id| id.to_string()).unwrap_or_default());
         make(Endpoints { stdin, stdout, stderr, terminal: process.endpoints.terminal }).await?;
@@ -215,12 +213,23 @@ impl Pod {
             None => Ok(None),
         };
         let [stdin, stdout, stderr] = ids;
-        let streams = Streams {
+        process.set_streams(Streams {
             stdin: connect(stdin).await?,
             stdout: connect(stdout).await?,
             stderr: connect(stderr).await?,
-        };
-        if present != Present::default() {
+        });
+        Ok(())
+    }
+
+    /// Opens containerd's ends of a process's streams and copies from now on. That is for Start, as in runc's shim: a client
+    /// may end a short input as soon as it is open, and `ctr` does not tell before Create or Exec has returned.
+    ///
+    /// # Errors
+    /// As [`Opened::open`].
+    pub async fn open_stdio(&self, sandbox: &Sandbox, process: &Process) -> Result<()> {
+        if let Some(streams) = process.take_streams() {
+            let deadline = sandbox.config.timeouts.request();
+            let opened = Opened::open(&process.endpoints, process.id(), &self.namespace, deadline).await?;
             process.set_stdio(opened.start(streams));
         }
         Ok(())

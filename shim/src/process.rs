@@ -9,7 +9,7 @@ use protobuf::MessageField;
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
-use crate::stdio::{Endpoints, Stdio};
+use crate::stdio::{Endpoints, Stdio, Streams};
 use crate::{Error, Result};
 
 pub use state::{State, Step};
@@ -57,6 +57,8 @@ pub struct Process {
     /// What containerd named as its stdin, stdout and stderr.
     pub endpoints: Endpoints,
     status: watch::Sender<Status>,
+    /// The guest's ends of its streams, until it is started.
+    streams: Mutex<Option<Streams>>,
     stdio: Mutex<Option<Arc<Stdio>>>,
 }
 
@@ -68,6 +70,7 @@ impl Process {
             exec_id: exec_id.into(),
             endpoints,
             status: watch::Sender::new(Status { state: State::Creating, exit: None }),
+            streams: Mutex::new(None),
             stdio: Mutex::new(None),
         }
     }
@@ -157,6 +160,16 @@ impl Process {
         let mut status = self.status.subscribe();
         // As above.
         let _ = status.wait_for(|status| !status.state.is_alive()).await;
+    }
+
+    /// Keeps the guest's ends of its streams until it is started.
+    pub fn set_streams(&self, streams: Streams) {
+        *self.streams.lock().unwrap_or_else(PoisonError::into_inner) = Some(streams);
+    }
+
+    /// Gives the guest's ends of its streams away.
+    pub fn take_streams(&self) -> Option<Streams> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Keeps the open ends of its stdio.

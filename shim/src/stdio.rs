@@ -39,6 +39,20 @@ pub struct Endpoints {
     pub terminal: bool,
 }
 
+impl Endpoints {
+    /// Which streams there are.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a log URI of an unknown kind.
+    pub fn present(&self) -> Result<Present> {
+        let (stdout, stderr) = match Uri::parse(&self.stdout)? {
+            Uri::Binary { .. } | Uri::File(_) => (true, !self.terminal),
+            Uri::Path => (!self.stdout.is_empty(), !self.stderr.is_empty()),
+        };
+        Ok(Present { stdin: !self.stdin.is_empty(), stdout, stderr })
+    }
+}
+
 type Sink = Box<dyn AsyncWrite + Send + Sync + Unpin>;
 
 struct Stdin {
@@ -86,9 +100,6 @@ impl Opened {
     /// [`Error::OpenStdio`], [`Error::InvalidArgument`] for a URI of an unknown kind, [`Error::Spawn`].
     pub async fn open(endpoints: &Endpoints, id: &str, namespace: &str, deadline: Duration) -> Result<Self> {
         let mut opened = Self::default();
-        if !endpoints.stdin.is_empty() {
-            opened.stdin = Some(open_stdin(&endpoints.stdin).map_err(failed("stdin", &endpoints.stdin))?);
-        }
         match Uri::parse(&endpoints.stdout)? {
             Uri::Binary { program, arguments } => {
                 let (logger, stdout, stderr) =
@@ -115,12 +126,11 @@ impl Opened {
                 opened.stderr = stderr.await?;
             }
         }
+        // Last, with no wait behind it: a client whose input is short ends it as soon as this is open.
+        if !endpoints.stdin.is_empty() {
+            opened.stdin = Some(open_stdin(&endpoints.stdin).map_err(failed("stdin", &endpoints.stdin))?);
+        }
         Ok(opened)
-    }
-
-    /// Which streams there are.
-    pub fn present(&self) -> Present {
-        Present { stdin: self.stdin.is_some(), stdout: self.stdout.is_some(), stderr: self.stderr.is_some() }
     }
 
     /// Copies between the two sides from now on.
@@ -249,7 +259,7 @@ mod tests {
     /// Both sides of a process with all its streams: the copying, and what the guest holds.
     async fn start(endpoints: &Endpoints) -> (Stdio, Streams) {
         let opened = Opened::open(endpoints, "c", "ns", DEADLINE).await.unwrap();
-        let present = opened.present();
+        let present = endpoints.present().unwrap();
         let (mut ours, mut theirs) = (Streams::default(), Streams::default());
         if present.stdin {
             let (a, b) = UnixStream::pair().unwrap();
@@ -337,10 +347,15 @@ mod tests {
         assert!(received == sent);
     }
 
-    #[tokio::test]
-    async fn no_names_mean_no_streams() {
-        let opened = Opened::open(&Endpoints::default(), "c", "ns", DEADLINE).await.unwrap();
-        assert_eq!(opened.present(), Present::default());
+    #[test]
+    fn the_names_tell_which_streams_there_are() {
+        assert_eq!(Endpoints::default().present().unwrap(), Present::default());
+        let both =
+            |stdout: &str, terminal| Endpoints { stdout: stdout.into(), terminal, ..Default::default() };
+        let present = |stdin, stdout, stderr| Present { stdin, stdout, stderr };
+        assert_eq!(both("file:///log", false).present().unwrap(), present(false, true, true));
+        assert_eq!(both("file:///log", true).present().unwrap(), present(false, true, false));
+        assert_eq!(both("/fifo", false).present().unwrap(), present(false, true, false));
     }
 
     #[tokio::test]

@@ -175,6 +175,7 @@ async fn start(pod: Arc<Pod>, request: StartRequest) -> Result<StartResponse> {
     if !request.exec_id.is_empty() && !matches!(init, State::Created | State::Running) {
         return Err(Error::WrongState { operation: "start an exec in the container of", state: init.name() });
     }
+    pod.open_stdio(&sandbox, &process).await?;
     process.step(Step::Start, "start")?;
     let start = async |task: TaskClient| task.start(Context::default(), &request).await;
     if let Err(error) = sandbox.agent.task("start a process", start).await {

@@ -22,15 +22,8 @@ fn without_containerd(meanwhile: impl FnOnce()) {
     eventually("containerd is gone", || processes_named("containerd").is_empty());
     meanwhile();
     let log = std::fs::File::options().append(true).create(true).open("/results/containerd.log").unwrap();
-    // It outlives the test as containerd does; the lab ends it.
-    #[allow(clippy::zombie_processes)]
-    Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log)
-        .spawn()
-        .unwrap();
+    // A child of the test would stay a zombie when it is killed in its turn.
+    run(Command::new("setsid").arg("--fork").arg(program).args(arguments).stdout(Stdio::null()).stderr(log));
     eventually("containerd is back", || run(&mut ctr(["version"])).code == 0);
 }
 
