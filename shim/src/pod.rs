@@ -221,8 +221,8 @@ impl Pod {
         Ok(())
     }
 
-    /// Opens containerd's ends of a process's streams and copies from now on. That is for Start, as in runc's shim: a client
-    /// may end a short input as soon as it is open, and `ctr` does not tell before Create or Exec has returned.
+    /// Opens containerd's ends of a process's streams and copies from now on. That is for Start: a client may end a
+    /// short input as soon as it is open, and `ctr` does not tell before Create or Exec has returned.
     ///
     /// # Errors
     /// As [`Opened::open`].

@@ -2,6 +2,7 @@
 
 mod state;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
@@ -60,6 +61,8 @@ pub struct Process {
     /// The guest's ends of its streams, until it is started.
     streams: Mutex<Option<Streams>>,
     stdio: Mutex<Option<Arc<Stdio>>>,
+    /// containerd has asked for the end of stdin, maybe before the start.
+    stdin_closed: AtomicBool,
 }
 
 impl Process {
@@ -72,6 +75,7 @@ impl Process {
             status: watch::Sender::new(Status { state: State::Creating, exit: None }),
             streams: Mutex::new(None),
             stdio: Mutex::new(None),
+            stdin_closed: AtomicBool::new(false),
         }
     }
 
@@ -174,7 +178,20 @@ impl Process {
 
     /// Keeps the open ends of its stdio.
     pub fn set_stdio(&self, stdio: Stdio) {
-        *self.lock_stdio() = Some(Arc::new(stdio));
+        let mut kept = self.lock_stdio();
+        if self.stdin_closed.load(Ordering::Relaxed) {
+            stdio.close_stdin();
+        }
+        *kept = Some(Arc::new(stdio));
+    }
+
+    /// Lets stdin end as soon as no client has it open.
+    pub fn close_stdin(&self) {
+        let stdio = self.lock_stdio();
+        self.stdin_closed.store(true, Ordering::Relaxed);
+        if let Some(stdio) = &*stdio {
+            stdio.close_stdin();
+        }
     }
 
     /// The open ends of its stdio.

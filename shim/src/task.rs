@@ -20,6 +20,7 @@ use ttrpc::context::Context;
 use crate::exits::publish_exit;
 use crate::pod::Pod;
 use crate::process::{Process, State, Step};
+use crate::sandbox::Sandbox;
 use crate::{Error, Result};
 
 /// The service's name in containerd 1.x; 2.x has it as `containerd.task.v3.Task` with the same messages.
@@ -143,8 +144,8 @@ impl Task for TaskService {
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
         let process = self.pod.container(&request.id)?.process(&request.exec_id)?;
-        if let Some(stdio) = process.stdio().filter(|_| request.stdin) {
-            stdio.close_stdin();
+        if request.stdin {
+            process.close_stdin();
         }
         Ok(Empty::new())
     }
@@ -175,10 +176,8 @@ async fn start(pod: Arc<Pod>, request: StartRequest) -> Result<StartResponse> {
     if !request.exec_id.is_empty() && !matches!(init, State::Created | State::Running) {
         return Err(Error::WrongState { operation: "start an exec in the container of", state: init.name() });
     }
-    pod.open_stdio(&sandbox, &process).await?;
     process.step(Step::Start, "start")?;
-    let start = async |task: TaskClient| task.start(Context::default(), &request).await;
-    if let Err(error) = sandbox.agent.task("start a process", start).await {
+    if let Err(error) = start_in_guest(&pod, &sandbox, &process, &request).await {
         // An exec that never began has no end that containerd hears of; an init process has, as with runc.
         if process.finish_unstarted() && request.exec_id.is_empty() {
             publish_exit(&pod, &sandbox, &process, process.wait().await);
@@ -196,6 +195,17 @@ async fn start(pod: Arc<Pod>, request: StartRequest) -> Result<StartResponse> {
     process.step(Step::Started, "start")?;
     debug!(pod.log, "process started"; "container" => &container.id, "process" => process.id());
     Ok(StartResponse { pid, ..Default::default() })
+}
+
+async fn start_in_guest(
+    pod: &Pod,
+    sandbox: &Sandbox,
+    process: &Process,
+    request: &StartRequest,
+) -> Result<()> {
+    pod.open_stdio(sandbox, process).await?;
+    let start = async |task: TaskClient| task.start(Context::default(), request).await;
+    sandbox.agent.task("start a process", start).await.map(drop)
 }
 
 fn state(pod: &Pod, request: &StateRequest) -> Result<StateResponse> {
