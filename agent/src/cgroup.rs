@@ -181,10 +181,7 @@ impl Cgroup {
 
     /// How many processes the kernel has killed here for want of memory.
     pub fn oom_kills(&self) -> u64 {
-        fs::read_to_string(self.path.join("memory.events"))
-            .ok()
-            .and_then(|text| keyed_value(&text, "oom_kill"))
-            .unwrap_or(0)
+        oom_kills(&self.path)
     }
 
     /// A notification for each change of `memory.events`.
@@ -220,6 +217,16 @@ impl Cgroup {
     fn write(&self, name: &str, value: &str) -> Result<()> {
         write(&self.path.join(name), value)
     }
+}
+
+/// How many processes the kernel has killed for want of memory in all containers, also in those that are gone.
+pub fn all_oom_kills() -> u64 {
+    oom_kills(&Path::new(MOUNT_POINT).join(PARENT))
+}
+
+fn oom_kills(directory: &Path) -> u64 {
+    let text = fs::read_to_string(directory.join("memory.events")).unwrap_or_default();
+    keyed_value(&text, "oom_kill").unwrap_or(0)
 }
 
 /// Enables in `directory`'s children every controller that `directory` has.

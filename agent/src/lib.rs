@@ -13,6 +13,7 @@ pub mod init;
 pub mod launch;
 mod process;
 mod reaper;
+mod runtime;
 mod sandbox;
 pub mod server;
 mod spec;

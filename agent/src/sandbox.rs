@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures::future::join_all;
 use mayu_agent_api::sandbox::{
     ConfigureRequest, ConfigureResponse, Event, EventsRequest, HealthRequest, HealthResponse,
     ShutdownRequest, ShutdownResponse,
@@ -17,7 +18,7 @@ use nix::sys::utsname::uname;
 use nix::time::{ClockId, clock_settime};
 use nix::unistd::{SysconfVar, sethostname, sync, sysconf};
 use slog::{Logger, error, warn};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use crate::error::{Error, Result};
@@ -29,6 +30,8 @@ use crate::task::Containers;
 const MIN_ENTROPY: usize = 32;
 /// The kernel's longest host name.
 const MAX_HOSTNAME: usize = 64;
+/// How long killed processes may take to end before the guest goes down with them.
+const END_DEADLINE: Duration = Duration::from_secs(5);
 /// How long the reply to a shutdown has to leave the guest before the guest resets itself.
 const REPLY_TIME: Duration = Duration::from_millis(50);
 
@@ -45,11 +48,17 @@ impl SandboxService {
         Self { containers, events, log }
     }
 
-    fn end_containers(&self) {
-        for container in self.containers.all() {
+    /// Kills all processes and waits for their end, so that what they have written can be written back.
+    async fn end_containers(&self) {
+        let containers = self.containers.all();
+        for container in &containers {
             if let Err(error) = container.cgroup().kill() {
                 warn!(self.log, "cannot end a container"; "container" => container.id(), "error" => %error);
             }
+        }
+        let ended = join_all(containers.iter().map(|container| container.cgroup().empty()));
+        if timeout(END_DEADLINE, ended).await.is_err() {
+            warn!(self.log, "processes hang in the kernel");
         }
         sync();
     }
@@ -86,7 +95,7 @@ impl Sandbox for SandboxService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<ShutdownResponse> {
-        self.end_containers();
+        self.end_containers().await;
         let log = self.log.clone();
         tokio::spawn(async move {
             // ttrpc does not tell when a reply has been sent.

@@ -14,11 +14,11 @@ use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
-use crate::container::Runtime;
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::launch::Launcher;
 use crate::reaper::Reaper;
+use crate::runtime::Runtime;
 use crate::sandbox::SandboxService;
 use crate::streams::Streams;
 use crate::task::{Containers, TaskService};

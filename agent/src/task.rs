@@ -20,9 +20,10 @@ use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use ttrpc::asynchronous::TtrpcContext;
 
-use crate::container::{Container, Runtime};
+use crate::container::Container;
 use crate::error::{Error, Result};
 use crate::process::Process;
+use crate::runtime::Runtime;
 use crate::spec::{self, check_id};
 use crate::state::{Action, State};
 use crate::stats;

@@ -51,6 +51,7 @@ fn containers() {
             a_pause_stops_and_a_resume_continues,
             limits_are_set_and_changed_and_read,
             out_of_memory_is_told_before_the_exit,
+            too_little_memory_to_start_is_explained,
             devices_are_filtered,
             a_shared_pid_namespace_dies_with_its_init,
             output_of_what_is_left_behind_still_arrives,
@@ -454,6 +455,16 @@ async fn out_of_memory_is_told_before_the_exit(agent: &Agent) {
     assert_eq!(agent.finish("oom", "", process).await.status, 137);
     assert_eq!(agent.events_of("oom"), ["oom", "exit"]);
     agent.delete("oom", "").await.unwrap();
+}
+
+async fn too_little_memory_to_start_is_explained(agent: &Agent) {
+    let mut spec = spec(&["true"]);
+    spec["linux"]["resources"]["memory"] = json!({"limit": 4 << 10});
+
+    let error = agent.create("little", spec, false).await.map(drop).unwrap_err();
+
+    let text = support::message_of(error);
+    assert!(text.contains("out of memory"), "{text}");
 }
 
 async fn devices_are_filtered(agent: &Agent) {
