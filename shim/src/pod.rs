@@ -1,29 +1,22 @@
-//! The pod: its VM and its containers, and the requests that make and unmake them.
+//! The pod: its VM and its containers.
+
+mod create;
+mod delete;
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest};
-use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskExecAdded, TaskIO};
-use mayu_agent_api::{PROCESS_TYPE_URL, SPEC_TYPE_URL};
 use nix::sys::sysinfo::sysinfo;
-use protobuf::MessageField;
-use protobuf::well_known_types::any::Any;
-use serde::Serialize;
-use slog::{Logger, info, o, warn};
+use slog::{Logger, warn};
 use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
-use ttrpc::context::Context;
 
 use crate::config::Config;
 use crate::container::Container;
 use crate::events::Events;
-use crate::process::{Process, State, Step};
 use crate::sandbox::{Blueprint, Sandbox};
-use crate::spec::{self, GuestSpec};
 use crate::state_dir::StateDir;
-use crate::stdio::{Endpoints, Opened, Streams};
 use crate::storage::{self, Storage};
 use crate::{Error, Result, exits, id};
 
@@ -125,116 +118,6 @@ impl Pod {
         self.sandbox().map(|sandbox| sandbox.pid()).unwrap_or_default()
     }
 
-    /// Creates a container; for the first one the VM as well.
-    ///
-    /// # Errors
-    /// What failed. Then nothing is left of it, nor of the VM if this was to be the first container.
-    pub async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32> {
-        id::validate("container", &request.id)?;
-        if !request.checkpoint.is_empty() {
-            return Err(Error::Unimplemented("a container cannot be restored from a checkpoint"));
-        }
-        let endpoints = Endpoints {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
-        let container = Arc::new(Container::new(&request.id, Path::new(&request.bundle), endpoints));
-        self.reserve(&container)?;
-        let created = self.build(&container, request).await;
-        if created.is_err() {
-            self.abandon(&container).await;
-        }
-        created
-    }
-
-    fn reserve(&self, container: &Arc<Container>) -> Result<()> {
-        let mut state = self.lock();
-        if state.containers.contains_key(&container.id) {
-            return Err(Error::AlreadyExists { kind: "container", id: container.id.clone() });
-        }
-        state.containers.insert(container.id.clone(), container.clone());
-        Ok(())
-    }
-
-    async fn build(self: &Arc<Self>, container: &Arc<Container>, request: CreateTaskRequest) -> Result<u32> {
-        let log = self.log.new(o!("container" => container.id.clone()));
-        let spec = spec::load(&container.bundle)?;
-        let hostname = spec.hostname().clone().filter(|name| !name.is_empty());
-        let GuestSpec { spec, root, binds, cgroups_path } =
-            spec::for_guest(spec, &container.id, &container.bundle, &log)?;
-        let storage =
-            Storage { container_id: container.id.clone(), rootfs: request.rootfs.clone(), root, binds };
-        let hostname = hostname.unwrap_or_else(|| self.id.clone());
-        let sandbox = self.sandbox_with(storage, hostname, cgroups_path).await?;
-        let options = any(SPEC_TYPE_URL, &spec)?;
-        self.attach_process(&sandbox, &container.init, |names| {
-            let request = CreateTaskRequest {
-                id: container.id.clone(),
-                terminal: request.terminal,
-                stdin: names.stdin,
-                stdout: names.stdout,
-                stderr: names.stderr,
-                options: MessageField::some(options),
-                ..Default::default()
-            };
-            let agent = sandbox.agent.clone();
-            async move {
-                let create = async |task: containerd_shim_protos::shim_async::TaskClient| {
-                    task.create(Context::default(), &request).await
-                };
-                agent.task("create a container", create).await.map(drop)
-            }
-        })
-        .await?;
-        self.events.publish(created_event(request, sandbox.pid()));
-        container.init.step(Step::Created, "create")?;
-        info!(log, "container created");
-        Ok(sandbox.pid())
-    }
-
-    /// Has the agent make the process, and connects the guest's ends of its streams.
-    async fn attach_process<F>(
-        &self,
-        sandbox: &Sandbox,
-        process: &Process,
-        make: impl FnOnce(Endpoints) -> F,
-    ) -> Result<()>
-    where
-        F: Future<Output = Result<()>>,
-    {
-        let present = process.endpoints.present()?;
-        let ids = [present.stdin, present.stdout, present.stderr].map(|is| is.then(|| sandbox.next_stream()));
-        let [stdin, stdout, stderr] = ids.map(|id| id.map(|id| id.to_string()).unwrap_or_default());
-        make(Endpoints { stdin, stdout, stderr, terminal: process.endpoints.terminal }).await?;
-        let connect = async |id: Option<_>| match id {
-            Some(id) => sandbox.connect_stream(id).await.map(Some),
-            None => Ok(None),
-        };
-        let [stdin, stdout, stderr] = ids;
-        process.set_streams(Streams {
-            stdin: connect(stdin).await?,
-            stdout: connect(stdout).await?,
-            stderr: connect(stderr).await?,
-        });
-        Ok(())
-    }
-
-    /// Opens containerd's ends of a process's streams and copies from now on. That is for Start: a client may end a
-    /// short input as soon as it is open, and `ctr` does not tell before Create or Exec has returned.
-    ///
-    /// # Errors
-    /// As [`Opened::open`].
-    pub async fn open_stdio(&self, sandbox: &Sandbox, process: &Process) -> Result<()> {
-        if let Some(streams) = process.take_streams() {
-            let deadline = sandbox.config.timeouts.request();
-            let opened = Opened::open(&process.endpoints, process.id(), &self.namespace, deadline).await?;
-            process.set_stdio(opened.start(streams));
-        }
-        Ok(())
-    }
-
     /// Mounts a container's files, booting the VM at the same time if there is none.
     async fn sandbox_with(
         self: &Arc<Self>,
@@ -312,149 +195,6 @@ impl Pod {
         exits::all_ended(self, sandbox);
     }
 
-    /// Takes away what a failed Create has made.
-    async fn abandon(self: &Arc<Self>, container: &Container) {
-        container.init.forget();
-        if let Some(stdio) = container.init.take_stdio() {
-            stdio.close();
-        }
-        let last = {
-            let mut state = self.lock();
-            state.containers.remove(&container.id);
-            state.containers.is_empty()
-        };
-        let Ok(sandbox) = self.sandbox() else {
-            return;
-        };
-        if last {
-            sandbox.tear_down().await;
-            self.lock().vm = Vm::Absent;
-            return;
-        }
-        // Where the agent has made no container there is nothing to delete.
-        let _ = self.delete_in_guest(&container.id, "").await;
-        self.detach_storage(&sandbox, &container.id).await;
-    }
-
-    /// Adds a process to a container.
-    ///
-    /// # Errors
-    /// What failed; then nothing is left of it.
-    pub async fn exec(&self, request: ExecProcessRequest) -> Result<()> {
-        let container = self.container(&request.id)?;
-        let sandbox = self.running_sandbox()?;
-        let state = container.init.state();
-        if !matches!(state, State::Created | State::Running) {
-            return Err(Error::WrongState { operation: "exec in the container of", state: state.name() });
-        }
-        let log = self.log.new(o!("container" => request.id.clone(), "exec" => request.exec_id.clone()));
-        let spec = guest_process(request.spec.as_ref(), &log)?;
-        let endpoints = Endpoints {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
-        let process = container.add_exec(&request.exec_id, endpoints)?;
-        let made = self.attach_process(&sandbox, &process, |names| {
-            let request = ExecProcessRequest {
-                stdin: names.stdin,
-                stdout: names.stdout,
-                stderr: names.stderr,
-                spec: MessageField::some(spec),
-                ..request
-            };
-            let agent = sandbox.agent.clone();
-            async move {
-                let exec = async |task: containerd_shim_protos::shim_async::TaskClient| {
-                    task.exec(Context::default(), &request).await
-                };
-                agent.task("add a process", exec).await.map(drop)
-            }
-        });
-        if let Err(error) = made.await {
-            container.remove_exec(&process.exec_id);
-            process.forget();
-            // Where the agent has made no process there is nothing to delete.
-            let _ = self.delete_in_guest(&container.id, &process.exec_id).await;
-            return Err(error);
-        }
-        self.events.publish(TaskExecAdded {
-            container_id: container.id.clone(),
-            exec_id: process.exec_id.clone(),
-            ..Default::default()
-        });
-        process.step(Step::Created, "create")
-    }
-
-    /// Deletes a stopped process; with an init process its container.
-    ///
-    /// # Errors
-    /// [`Error::NotFound`], [`Error::WrongState`], or that the agent cannot.
-    pub async fn delete(&self, container_id: &str, exec_id: &str) -> Result<DeleteResponse> {
-        let container = self.container(container_id)?;
-        let process = container.process(exec_id)?;
-        process.step(Step::Delete, "delete")?;
-        if let Err(error) = self.delete_in_guest(container_id, exec_id).await {
-            process.step(Step::NotDeleted, "delete")?;
-            return Err(error);
-        }
-        process.forget();
-        if let Some(stdio) = process.take_stdio() {
-            stdio.close();
-        }
-        let exit = process.wait().await;
-        let pid = self.pid();
-        if exec_id.is_empty() {
-            self.remove(&container, pid, &process).await;
-        } else {
-            container.remove_exec(exec_id);
-        }
-        Ok(DeleteResponse {
-            pid,
-            exit_status: exit.status,
-            exited_at: exit.timestamp(),
-            ..Default::default()
-        })
-    }
-
-    async fn remove(&self, container: &Container, pid: u32, init: &Process) {
-        for exec in container.execs() {
-            exec.forget();
-            if let Some(stdio) = exec.take_stdio() {
-                stdio.close();
-            }
-        }
-        if let Ok(sandbox) = self.sandbox() {
-            self.detach_storage(&sandbox, &container.id).await;
-        }
-        self.lock().containers.remove(&container.id);
-        let exit = init.wait().await;
-        self.events.publish(TaskDelete {
-            container_id: container.id.clone(),
-            pid,
-            exit_status: exit.status,
-            exited_at: exit.timestamp(),
-            ..Default::default()
-        });
-    }
-
-    /// Fine when the agent, or the whole guest, does not know it any more.
-    async fn delete_in_guest(&self, container_id: &str, exec_id: &str) -> Result<()> {
-        let Ok(sandbox) = self.running_sandbox() else {
-            return Ok(());
-        };
-        let request =
-            DeleteRequest { id: container_id.into(), exec_id: exec_id.into(), ..Default::default() };
-        let delete = async |task: containerd_shim_protos::shim_async::TaskClient| {
-            task.delete(Context::default(), &request).await
-        };
-        match sandbox.agent.task("delete a process", delete).await {
-            Err(error) if !error.is_not_found() && self.running_sandbox().is_ok() => Err(error),
-            _ => Ok(()),
-        }
-    }
-
     async fn detach_storage(&self, sandbox: &Sandbox, container_id: &str) {
         let (dir, id) = (sandbox.dir.clone(), container_id.to_string());
         if let Err(error) = blocking(move || storage::detach(&dir, &id)).await {
@@ -500,36 +240,4 @@ fn check_memory(config: &Config) -> Result<()> {
         )));
     }
     Ok(())
-}
-
-fn any(type_url: &str, value: &impl Serialize) -> Result<Any> {
-    let value = serde_json::to_vec(value).map_err(|error| Error::InvalidArgument(error.to_string()))?;
-    Ok(Any { type_url: type_url.into(), value, ..Default::default() })
-}
-
-/// The process that an Exec request describes, for the guest.
-fn guest_process(spec: Option<&Any>, log: &Logger) -> Result<Any> {
-    let spec = spec.ok_or_else(|| Error::InvalidArgument("exec: the process spec is missing".into()))?;
-    let mut process: oci_spec::runtime::Process = serde_json::from_slice(&spec.value)
-        .map_err(|error| Error::InvalidArgument(format!("exec: the process spec is malformed: {error}")))?;
-    spec::rewrite_process(&mut process, log);
-    any(PROCESS_TYPE_URL, &process)
-}
-
-fn created_event(request: CreateTaskRequest, pid: u32) -> TaskCreate {
-    let io = TaskIO {
-        stdin: request.stdin,
-        stdout: request.stdout,
-        stderr: request.stderr,
-        terminal: request.terminal,
-        ..Default::default()
-    };
-    TaskCreate {
-        container_id: request.id,
-        bundle: request.bundle,
-        rootfs: request.rootfs,
-        io: MessageField::some(io),
-        pid,
-        ..Default::default()
-    }
 }

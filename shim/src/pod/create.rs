@@ -1,0 +1,238 @@
+//! Making containers and processes.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest};
+use containerd_shim_protos::events::task::{TaskCreate, TaskExecAdded, TaskIO};
+use containerd_shim_protos::shim_async::TaskClient;
+use mayu_agent_api::{PROCESS_TYPE_URL, SPEC_TYPE_URL};
+use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
+use serde::Serialize;
+use slog::{Logger, info, o};
+use ttrpc::context::Context;
+
+use super::{Pod, Vm};
+use crate::container::Container;
+use crate::process::{Process, State, Step};
+use crate::sandbox::Sandbox;
+use crate::spec::{self, GuestSpec};
+use crate::stdio::{Endpoints, Opened, Streams};
+use crate::storage::Storage;
+use crate::{Error, Result, id};
+
+impl Pod {
+    /// Creates a container; for the first one the VM as well.
+    ///
+    /// # Errors
+    /// What failed. Then nothing is left of it, nor of the VM if this was to be the first container.
+    pub async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32> {
+        id::validate("container", &request.id)?;
+        if !request.checkpoint.is_empty() {
+            return Err(Error::Unimplemented("a container cannot be restored from a checkpoint"));
+        }
+        let endpoints = Endpoints {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        let container = Arc::new(Container::new(&request.id, Path::new(&request.bundle), endpoints));
+        self.reserve(&container)?;
+        let created = self.build(&container, request).await;
+        if created.is_err() {
+            self.abandon(&container).await;
+        }
+        created
+    }
+
+    fn reserve(&self, container: &Arc<Container>) -> Result<()> {
+        let mut state = self.lock();
+        if state.containers.contains_key(&container.id) {
+            return Err(Error::AlreadyExists { kind: "container", id: container.id.clone() });
+        }
+        state.containers.insert(container.id.clone(), container.clone());
+        Ok(())
+    }
+
+    async fn build(self: &Arc<Self>, container: &Arc<Container>, request: CreateTaskRequest) -> Result<u32> {
+        let log = self.log.new(o!("container" => container.id.clone()));
+        let spec = spec::load(&container.bundle)?;
+        let hostname = spec.hostname().clone().filter(|name| !name.is_empty());
+        let GuestSpec { spec, root, binds, cgroups_path } =
+            spec::for_guest(spec, &container.id, &container.bundle, &log)?;
+        let storage =
+            Storage { container_id: container.id.clone(), rootfs: request.rootfs.clone(), root, binds };
+        let hostname = hostname.unwrap_or_else(|| self.id.clone());
+        let sandbox = self.sandbox_with(storage, hostname, cgroups_path).await?;
+        let options = any(SPEC_TYPE_URL, &spec)?;
+        self.attach_process(&sandbox, &container.init, |names| {
+            let request = CreateTaskRequest {
+                id: container.id.clone(),
+                terminal: request.terminal,
+                stdin: names.stdin,
+                stdout: names.stdout,
+                stderr: names.stderr,
+                options: MessageField::some(options),
+                ..Default::default()
+            };
+            let agent = sandbox.agent.clone();
+            async move {
+                let create = async |task: TaskClient| task.create(Context::default(), &request).await;
+                agent.task("create a container", create).await.map(drop)
+            }
+        })
+        .await?;
+        self.events.publish(created_event(request, sandbox.pid()));
+        container.init.step(Step::Created, "create")?;
+        info!(log, "container created");
+        Ok(sandbox.pid())
+    }
+
+    /// Takes away what a failed Create has made.
+    async fn abandon(self: &Arc<Self>, container: &Container) {
+        container.init.forget();
+        if let Some(stdio) = container.init.take_stdio() {
+            stdio.close();
+        }
+        let last = {
+            let mut state = self.lock();
+            state.containers.remove(&container.id);
+            state.containers.is_empty()
+        };
+        let Ok(sandbox) = self.sandbox() else {
+            return;
+        };
+        if last {
+            sandbox.tear_down().await;
+            self.lock().vm = Vm::Absent;
+            return;
+        }
+        // Where the agent has made no container there is nothing to delete.
+        let _ = self.delete_in_guest(&container.id, "").await;
+        self.detach_storage(&sandbox, &container.id).await;
+    }
+
+    /// Adds a process to a container.
+    ///
+    /// # Errors
+    /// What failed; then nothing is left of it.
+    pub async fn exec(&self, request: ExecProcessRequest) -> Result<()> {
+        let container = self.container(&request.id)?;
+        let sandbox = self.running_sandbox()?;
+        let state = container.init.state();
+        if !matches!(state, State::Created | State::Running) {
+            return Err(Error::WrongState { operation: "exec in the container of", state: state.name() });
+        }
+        let log = self.log.new(o!("container" => request.id.clone(), "exec" => request.exec_id.clone()));
+        let spec = guest_process(request.spec.as_ref(), &log)?;
+        let endpoints = Endpoints {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        let process = container.add_exec(&request.exec_id, endpoints)?;
+        let made = self.attach_process(&sandbox, &process, |names| {
+            let request = ExecProcessRequest {
+                stdin: names.stdin,
+                stdout: names.stdout,
+                stderr: names.stderr,
+                spec: MessageField::some(spec),
+                ..request
+            };
+            let agent = sandbox.agent.clone();
+            async move {
+                let exec = async |task: TaskClient| task.exec(Context::default(), &request).await;
+                agent.task("add a process", exec).await.map(drop)
+            }
+        });
+        if let Err(error) = made.await {
+            container.remove_exec(&process.exec_id);
+            process.forget();
+            // Where the agent has made no process there is nothing to delete.
+            let _ = self.delete_in_guest(&container.id, &process.exec_id).await;
+            return Err(error);
+        }
+        self.events.publish(TaskExecAdded {
+            container_id: container.id.clone(),
+            exec_id: process.exec_id.clone(),
+            ..Default::default()
+        });
+        process.step(Step::Created, "create")
+    }
+
+    /// Has the agent make the process, and connects the guest's ends of its streams.
+    async fn attach_process<F>(
+        &self,
+        sandbox: &Sandbox,
+        process: &Process,
+        make: impl FnOnce(Endpoints) -> F,
+    ) -> Result<()>
+    where
+        F: Future<Output = Result<()>>,
+    {
+        let present = process.endpoints.present()?;
+        let ids = [present.stdin, present.stdout, present.stderr].map(|is| is.then(|| sandbox.next_stream()));
+        let [stdin, stdout, stderr] = ids.map(|id| id.map(|id| id.to_string()).unwrap_or_default());
+        make(Endpoints { stdin, stdout, stderr, terminal: process.endpoints.terminal }).await?;
+        let connect = async |id: Option<_>| match id {
+            Some(id) => sandbox.connect_stream(id).await.map(Some),
+            None => Ok(None),
+        };
+        let [stdin, stdout, stderr] = ids;
+        process.set_streams(Streams {
+            stdin: connect(stdin).await?,
+            stdout: connect(stdout).await?,
+            stderr: connect(stderr).await?,
+        });
+        Ok(())
+    }
+
+    /// Opens containerd's ends of a process's streams and copies from now on. That is for Start: a client may end a
+    /// short input as soon as it is open, and `ctr` does not tell before Create or Exec has returned.
+    ///
+    /// # Errors
+    /// As [`Opened::open`].
+    pub async fn open_stdio(&self, sandbox: &Sandbox, process: &Process) -> Result<()> {
+        if let Some(streams) = process.take_streams() {
+            let deadline = sandbox.config.timeouts.request();
+            let opened = Opened::open(&process.endpoints, process.id(), &self.namespace, deadline).await?;
+            process.set_stdio(opened.start(streams));
+        }
+        Ok(())
+    }
+}
+
+fn any(type_url: &str, value: &impl Serialize) -> Result<Any> {
+    let value = serde_json::to_vec(value).map_err(|error| Error::InvalidArgument(error.to_string()))?;
+    Ok(Any { type_url: type_url.into(), value, ..Default::default() })
+}
+
+/// The process that an Exec request describes, for the guest.
+fn guest_process(spec: Option<&Any>, log: &Logger) -> Result<Any> {
+    let spec = spec.ok_or_else(|| Error::InvalidArgument("exec: the process spec is missing".into()))?;
+    let mut process: oci_spec::runtime::Process = serde_json::from_slice(&spec.value)
+        .map_err(|error| Error::InvalidArgument(format!("exec: the process spec is malformed: {error}")))?;
+    spec::rewrite_process(&mut process, log);
+    any(PROCESS_TYPE_URL, &process)
+}
+
+fn created_event(request: CreateTaskRequest, pid: u32) -> TaskCreate {
+    let io = TaskIO {
+        stdin: request.stdin,
+        stdout: request.stdout,
+        stderr: request.stderr,
+        terminal: request.terminal,
+        ..Default::default()
+    };
+    TaskCreate {
+        container_id: request.id,
+        bundle: request.bundle,
+        rootfs: request.rootfs,
+        io: MessageField::some(io),
+        pid,
+        ..Default::default()
+    }
+}
