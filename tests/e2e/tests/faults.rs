@@ -23,7 +23,9 @@ fn without_containerd(meanwhile: impl FnOnce()) {
     meanwhile();
     let log = std::fs::File::options().append(true).create(true).open("/results/containerd.log").unwrap();
     // A child of the test would stay a zombie when it is killed in its turn.
-    run(Command::new("setsid").arg("--fork").arg(program).args(arguments).stdout(Stdio::null()).stderr(log));
+    let mut restart = Command::new("setsid");
+    restart.arg("--fork").arg(program).args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    assert!(restart.status().unwrap().success());
     eventually("containerd is back", || run(&mut ctr(["version"])).code == 0);
 }
 
