@@ -7,8 +7,9 @@ mod support;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Seek as _, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use mayu_vmm_api::{ExitReason, Request, VmConfig};
 use nix::mount::{MsFlags, mount, umount};
@@ -124,29 +125,66 @@ fn the_process_has_no_privileges_and_sees_nothing_but_the_share() {
 /// CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP (linux/capability.h).
 const FILE_CAPABILITIES: u64 = 0b1_1111 | 1 << 6 | 1 << 7 | 1 << 27 | 1 << 31;
 
-#[test]
-fn what_is_mounted_in_the_share_later_appears_inside_and_goes_again() {
-    if unable() {
-        return;
-    }
-    // This thread's mounts are its own from here on, and vanish with it.
+/// A directory that is a shared mount, in a mount namespace of this thread's own.
+fn shared_mount() -> tempfile::TempDir {
     unshare(CloneFlags::CLONE_NEWNS).unwrap();
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).unwrap();
     let share = tempfile::tempdir().unwrap();
     mount(Some(share.path()), share.path(), none, MsFlags::MS_BIND, none).unwrap();
     mount(none, share.path(), none, MsFlags::MS_SHARED, none).unwrap();
-    let volume = share.path().join("volume");
-    fs::create_dir(&volume).unwrap();
+    share
+}
 
+/// Mounts a tmpfs with a file in it.
+fn mount_volume(directory: &Path) {
+    fs::create_dir(directory).unwrap();
+    mount(Some("tmpfs"), directory, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    fs::write(directory.join("file"), "").unwrap();
+}
+
+fn share_inside(pid: i32) -> PathBuf {
+    Path::new("/proc").join(pid.to_string()).join("root/share")
+}
+
+#[test]
+fn what_is_mounted_in_the_share_later_appears_inside_and_goes_again() {
+    if unable() {
+        return;
+    }
+    let share = shared_mount();
     let (_vmm, pid) = start(share.path());
-    let inside = Path::new("/proc").join(pid.to_string()).join("root/share/volume");
-    assert!(names(&inside).is_empty());
-    mount(Some("tmpfs"), &volume, Some("tmpfs"), MsFlags::empty(), none).unwrap();
-    fs::write(volume.join("file"), "").unwrap();
+    let inside = share_inside(pid).join("volume");
+    mount_volume(&share.path().join("volume"));
     assert_eq!(names(&inside), ["file"]);
-    umount(&volume).unwrap();
+    umount(&share.path().join("volume")).unwrap();
     assert!(names(&inside).is_empty());
+}
+
+#[test]
+fn what_is_mounted_in_the_share_while_the_process_confines_itself_is_not_lost() {
+    if unable() {
+        return;
+    }
+    let share = shared_mount();
+    let started = AtomicBool::new(false);
+    let (vmm, volumes) = std::thread::scope(|scope| {
+        let mounter = scope.spawn(|| {
+            let mut volumes = Vec::new();
+            while !started.load(Ordering::SeqCst) {
+                volumes.push(format!("volume{}", volumes.len()));
+                mount_volume(&share.path().join(volumes.last().unwrap()));
+            }
+            volumes
+        });
+        let vmm = start(share.path());
+        started.store(true, Ordering::SeqCst);
+        (vmm, mounter.join().unwrap())
+    });
+    assert!(!volumes.is_empty());
+    for volume in volumes {
+        assert_eq!(names(&share_inside(vmm.1).join(&volume)), ["file"], "{volume}");
+    }
 }
 
 fn names(directory: &Path) -> Vec<String> {
@@ -218,6 +256,7 @@ fn a_message_that_is_none_ends_the_machine() {
 fn a_shim_that_waits_to_be_killed() {
     let (mut vmm, pid) = start(tempfile::tempdir().unwrap().path());
     // Holds the control socket for longer than this process lives, so that its end is not what ends the machine.
+    #[allow(clippy::zombie_processes)]
     let holder = Command::new("sleep").arg("60").stdin(vmm.control_socket()).spawn().unwrap();
     println!("\nmachine {pid} holder {}", holder.id());
     vmm.wait_for_end();

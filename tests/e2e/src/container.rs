@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::{Outcome, run, run_with_input, runtime};
 
-/// A `ctr` command in containerd's default namespace.
+/// A `ctr` command in containerd's default namespace. It waits longer for a busy containerd than it would by itself.
 pub fn ctr<I: IntoIterator<Item: AsRef<std::ffi::OsStr>>>(args: I) -> Command {
     let mut command = Command::new("ctr");
-    command.args(args);
+    command.args(["--connect-timeout", "150s"]).args(args);
     command
 }
 
