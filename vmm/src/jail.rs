@@ -17,16 +17,17 @@
 
 use std::fs;
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{ForkResult, Pid, fork};
+use rustix::fs::{fstat, stat};
 use rustix::io::Errno;
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_change,
-    mount_remount, move_mount, open_tree, unmount,
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind_recursive, mount_change,
+    mount_remount, unmount,
 };
 use rustix::process::{
     DumpableBehavior, PidfdFlags, Resource, Rlimit, Signal, chdir, getpid, pidfd_open, pivot_root,
@@ -107,12 +108,9 @@ pub fn drop_capabilities() -> Result<()> {
 
 /// Gives the process a root directory with the share and its own `/proc`, in new namespaces.
 fn build_root(share: OwnedFd) -> Result<()> {
-    // A copy of the share's mounts, taken while they can be seen. It still hears of what is mounted there later.
-    let clone = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_RECURSIVE
-        | OpenTreeFlags::AT_EMPTY_PATH;
-    let share_tree = open_tree(&share, "", clone).map_err(failed("copy the mounts of the share"))?;
+    let path =
+        fs::read_link(format!("/proc/self/fd/{}", share.as_raw_fd())).map_err(failed("find the share"))?;
+    let identity = fstat(&share).map_err(failed("look at the share"))?;
     // A directory of the old root would be a way back to it.
     drop(share);
     unshare(
@@ -122,7 +120,9 @@ fn build_root(share: OwnedFd) -> Result<()> {
             | CloneFlags::CLONE_NEWNET,
     )
     .map_err(failed("make namespaces"))?;
-    make_slave("/")?;
+    // What is mounted outside appears here, not the other way round.
+    mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
+        .map_err(failed("make mounts its own"))?;
     let bare = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount("tmpfs", STAGING, "tmpfs", bare, c"size=16k,nr_inodes=8,mode=755")
         .map_err(failed("mount a tmpfs"))?;
@@ -130,9 +130,13 @@ fn build_root(share: OwnedFd) -> Result<()> {
     for directory in ["share", "proc"] {
         fs::create_dir(directory).map_err(failed("make a directory"))?;
     }
-    let to_path = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    move_mount(&share_tree, "", rustix::fs::CWD, "share", to_path).map_err(failed("mount the share"))?;
-    make_slave("share")?;
+    // In the new mount namespace the share can be reached by its path only. What the shim mounts there meanwhile is
+    // not lost: it comes to this namespace from its beginning, and binding copies and attaches in one step.
+    mount_bind_recursive(&path, "share").map_err(failed("mount the share"))?;
+    let bound = stat("share").map_err(failed("look at the share"))?;
+    if (bound.st_dev, bound.st_ino) != (identity.st_dev, identity.st_ino) {
+        return Err(failed("find the share: its path leads elsewhere")(Errno::STALE));
+    }
     mount("proc", "proc", "proc", bare | MountFlags::RDONLY, c"subset=pid")
         .map_err(failed("mount proc with subset=pid (Linux 5.8)"))?;
     // Puts the old root on top of the new one, from where it is taken away: pivot_root(2), NOTES.
@@ -141,12 +145,6 @@ fn build_root(share: OwnedFd) -> Result<()> {
     chdir("/").map_err(failed("enter the new root"))?;
     mount_remount("/", MountFlags::BIND | MountFlags::RDONLY | bare, "")
         .map_err(failed("make the root read-only"))
-}
-
-/// What is mounted outside appears inside, not the other way round.
-fn make_slave(mount_point: &str) -> Result<()> {
-    let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
-    mount_change(mount_point, slave).map_err(failed("make mounts its own"))
 }
 
 /// Makes the user namespace and waits until the process outside has written its maps.
