@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use containerd_shim_protos::api::{
     CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
     CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest,
-    PidsRequest, PidsResponse, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse,
+    PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse,
     StateRequest, StateResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::events::task::{TaskExecStarted, TaskPaused, TaskResumed, TaskStart};
@@ -106,7 +106,12 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        self.pod.container(&request.id)?;
+        let container = self.pod.container(&request.id)?;
+        if container.init.state() == State::Stopped {
+            // After a restart containerd takes a shim without processes for a leftover, and its exit code with it.
+            let machine = ProcessInfo { pid: self.pod.pid(), ..Default::default() };
+            return Ok(PidsResponse { processes: vec![machine], ..Default::default() });
+        }
         let pids = async |task: TaskClient| task.pids(Context::default(), &request).await;
         Ok(self.pod.running_sandbox()?.agent.task("list processes", pids).await?)
     }
