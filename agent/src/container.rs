@@ -204,8 +204,10 @@ impl Container {
     /// `WrongState`; `CgroupDeadline` where a process does not die, after which it may be tried again.
     pub async fn delete(&self) -> Result<()> {
         if self.init.state() == State::Created {
-            self.init.kill(libc::SIGKILL, &self.runtime.reaper)?;
-            self.init.wait().await;
+            match self.init.kill(libc::SIGKILL, &self.runtime.reaper) {
+                Ok(()) | Err(Error::Finished(_)) => self.init.wait().await,
+                Err(error) => return Err(error),
+            };
         }
         self.init.advance(Action::Delete)?;
         if let Err(error) = self.remove_files().await {

@@ -44,8 +44,8 @@ impl Runtime {
     }
 
     /// A path that nobody has used before.
-    pub fn fresh_path(&self, suffix: &str) -> PathBuf {
+    pub fn fresh_path(&self) -> PathBuf {
         let number = self.counter.fetch_add(1, Ordering::Relaxed);
-        self.run_directory.join(format!("{number}.{suffix}"))
+        self.run_directory.join(number.to_string())
     }
 }

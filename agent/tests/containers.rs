@@ -526,6 +526,7 @@ async fn many_execs_leave_nothing(agent: &Agent) {
     let output = agent.run_exec("many", "warm", &["echo", "warm"], b"").await;
     assert_eq!(output.stdout, "warm\n");
     let (files, memory) = (support::open_files(), agent.health().await.agent_rss_bytes);
+    let paths = agent.paths_in_use();
 
     for number in 0..agent.repetitions() {
         let text = format!("number {number}");
@@ -540,6 +541,7 @@ async fn many_execs_leave_nothing(agent: &Agent) {
     assert_eq!(outputs.len(), 50);
 
     assert_eq!(support::open_files(), files);
+    assert_eq!(agent.paths_in_use(), paths);
     let grown = agent.health().await.agent_rss_bytes.saturating_sub(memory);
     assert!(grown < 4 << 20, "grown by {grown} bytes");
     agent.kill("many", "", 9, true).await.unwrap();

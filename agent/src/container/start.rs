@@ -90,7 +90,8 @@ impl Container {
             inner.failure = Some(read);
         }
         descriptors.push(write);
-        self.launch(&self.init, &self.plan.process, ProcessKind::Init { bundle }, descriptors).await
+        let work = WorkDirectory::create(self.runtime.fresh_path())?;
+        self.launch(&self.init, &self.plan.process, ProcessKind::Init { bundle }, &work, descriptors).await
     }
 
     /// Runs the init's or an exec's program and returns the pid.
@@ -155,14 +156,12 @@ impl Container {
     async fn start_exec(self: &Arc<Self>, exec: &Exec) -> Result<()> {
         let process = &exec.process;
         let connected = process.connect(self.runtime.stream_deadline).await?;
-        let file = self.runtime.fresh_path("json");
-        write_json(file.clone(), exec.spec.as_ref())?;
         let (ends, descriptors) = pipes(process, exec.plan.user)?;
-        let kind = ProcessKind::Exec { process: file.clone(), sub_cgroup: self.init_cgroup() };
-        let launched = self.launch(process, &exec.plan, kind, descriptors).await;
-        // It was only for the helper.
-        let _ = fs::remove_file(&file);
-        let launched = launched?;
+        let work = WorkDirectory::create(self.runtime.fresh_path())?;
+        let file = work.path.join("process.json");
+        write_json(file.clone(), exec.spec.as_ref())?;
+        let kind = ProcessKind::Exec { process: file, sub_cgroup: self.init_cgroup() };
+        let launched = self.launch(process, &exec.plan, kind, &work, descriptors).await?;
         process.launched(launched.pid, launched.terminal);
         self.watch_exit(Arc::clone(process), launched.exit);
         let ends = if process.stdio().terminal { process.terminal_ends()? } else { ends };
@@ -176,13 +175,14 @@ impl Container {
         process: &Process,
         plan: &ProcessPlan,
         kind: ProcessKind,
+        work: &WorkDirectory,
         descriptors: Vec<OwnedFd>,
     ) -> Result<Launched> {
-        let console = process.stdio().terminal.then(|| self.runtime.fresh_path("sock"));
         let request = Request {
             id: self.id.clone(),
             state_directory: self.runtime.state_directory(),
-            console_socket: console.clone(),
+            work_directory: work.path.clone(),
+            terminal: process.stdio().terminal,
             user: plan.user,
             seccomp: self.plan.seccomp.as_ref().map(|_| self.runtime.bundle(&self.id).join(SECCOMP_FILE)),
             capabilities: plan.capabilities.clone(),
@@ -190,10 +190,6 @@ impl Container {
         };
         let oom_kills = all_oom_kills();
         let launched = self.runtime.launcher.launch(&self.runtime.reaper, &request, descriptors).await;
-        if let Some(console) = console {
-            // There is none where the helper failed early.
-            let _ = fs::remove_file(console);
-        }
         match launched {
             // libcontainer sees a process vanish, and has removed the cgroup by now that would tell why.
             Err(Error::Launch(reason)) if all_oom_kills() > oom_kills => {
@@ -212,6 +208,25 @@ impl Container {
         let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
         let below = path.strip_prefix(own.to_str()?)?.trim_start_matches('/');
         (!below.is_empty()).then(|| below.to_owned())
+    }
+}
+
+/// A directory for one launch.
+struct WorkDirectory {
+    path: PathBuf,
+}
+
+impl WorkDirectory {
+    fn create(path: PathBuf) -> Result<Self> {
+        fs::create_dir(&path).map_err(Error::file("create", &path))?;
+        Ok(Self { path })
+    }
+}
+
+impl Drop for WorkDirectory {
+    fn drop(&mut self) {
+        // It is on a tmpfs that nobody else writes to.
+        let _ = fs::remove_dir_all(&self.path);
     }
 }
 

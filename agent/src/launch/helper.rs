@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use libcontainer::container::builder::ContainerBuilder;
@@ -62,19 +62,21 @@ fn launch(request: &Request, mut descriptors: Vec<OwnedFd>) -> Result<(i32, Opti
     sys::restore_sigpipe().map_err(Error::system("restore SIGPIPE"))?;
     umask(Mode::from_bits_truncate(0o022));
 
-    let failure_pipe = match request.process {
-        ProcessKind::Init { .. } => descriptors.pop(),
+    let (failure_pipe, root) = match request.process {
+        ProcessKind::Init { .. } => (descriptors.pop(), &request.state_directory),
         ProcessKind::Exec { .. } => {
-            mark_running(request)?;
-            None
+            copy_state(request)?;
+            (None, &request.work_directory)
         }
     };
     let seccomp = request.seccomp.as_deref().map(read_json).transpose()?;
     let executor = ProgramExecutor::new(failure_pipe, seccomp, request.capabilities.clone());
-    let console = request.console_socket.as_deref().map(Console::listen).transpose()?;
+    let console =
+        request.terminal.then(|| Console::listen(request.work_directory.join("console.sock"))).transpose()?;
     let mut builder = ContainerBuilder::new(request.id.clone(), SyscallType::default())
-        .with_root_path(&request.state_directory)
-        .and_then(|builder| builder.with_console_socket(request.console_socket.as_ref()).validate_id())?
+        .with_root_path(root)?
+        .with_console_socket(console.as_ref().map(|console| &console.path))
+        .validate_id()?
         .with_executor(executor);
     if console.is_none() {
         let Ok([stdin, stdout, stderr]) = <[OwnedFd; 3]>::try_from(descriptors) else {
@@ -99,13 +101,17 @@ fn launch(request: &Request, mut descriptors: Vec<OwnedFd>) -> Result<(i32, Opti
     Ok((pid, terminal))
 }
 
-/// Has libcontainer take the container for a running one, where it allows execs: the agent starts the init
-/// itself and does not keep libcontainer's books.
-fn mark_running(request: &Request) -> Result<()> {
+/// Makes libcontainer's state of the container anew in the work directory. There it is a running container,
+/// which may have execs (the agent starts the init itself and does not keep libcontainer's books), and the
+/// sockets that libcontainer leaves beside the state with each exec are removed together with it.
+fn copy_state(request: &Request) -> Result<()> {
     let mut container = Container::load(request.state_directory.join(&request.id))?;
     if container.status() == ContainerStatus::Created {
-        container.set_status(ContainerStatus::Running).save()?;
+        container.set_status(ContainerStatus::Running);
     }
+    container.root = request.work_directory.join(&request.id);
+    fs::create_dir(&container.root).map_err(Error::file("create", &container.root))?;
+    container.save()?;
     Ok(())
 }
 
@@ -117,11 +123,13 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
 /// Where libcontainer sends a terminal's master.
 struct Console {
     listener: UnixListener,
+    path: PathBuf,
 }
 
 impl Console {
-    fn listen(path: &Path) -> Result<Self> {
-        UnixListener::bind(path).map(|listener| Self { listener }).map_err(Error::file("listen on", path))
+    fn listen(path: PathBuf) -> Result<Self> {
+        let listener = UnixListener::bind(&path).map_err(Error::file("listen on", &path))?;
+        Ok(Self { listener, path })
     }
 
     /// The master; the terminal is handed to the process's user, or it could not open /dev/stdout.

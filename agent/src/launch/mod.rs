@@ -44,9 +44,11 @@ pub struct Request {
     pub id: String,
     /// libcontainer's directory of states, one directory for each container.
     pub state_directory: PathBuf,
-    /// Where the helper may make a socket to receive the terminal; nothing for a process without one, whose
-    /// standard streams are the first three descriptors that come with the request.
-    pub console_socket: Option<PathBuf>,
+    /// A directory for this launch alone, which is removed after it.
+    pub work_directory: PathBuf,
+    /// Whether the process gets a terminal. Without one its standard streams are the first three descriptors
+    /// that come with the request.
+    pub terminal: bool,
     /// User and group of the process, who will own its terminal.
     pub user: (u32, u32),
     /// A file with the container's seccomp filter in JSON.
@@ -253,7 +255,8 @@ mod tests {
         let request = Request {
             id: "c".into(),
             state_directory: "/no/such".into(),
-            console_socket: None,
+            work_directory: "/no/such".into(),
+            terminal: false,
             user: (0, 0),
             seccomp: None,
             capabilities: None,

@@ -214,6 +214,17 @@ impl Agent {
         self.directory.path().join(name)
     }
 
+    /// All that the agent keeps in its directory.
+    pub fn paths_in_use(&self) -> Vec<PathBuf> {
+        let mut paths = vec![self.path("run")];
+        let mut next = 0;
+        while let Some(path) = paths.get(next).cloned() {
+            paths.extend(fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()));
+            next += 1;
+        }
+        paths
+    }
+
     /// How often to repeat what is repeated.
     pub fn repetitions(&self) -> usize {
         std::env::var("REPEAT").ok().and_then(|text| text.parse().ok()).unwrap_or(100)

@@ -69,12 +69,8 @@ impl Traces {
         let mounts =
             mounts.lines().map(|line| line.split(' ').skip(2).collect::<Vec<_>>().join(" ")).collect();
         let mut files = BTreeSet::new();
-        for root in [
-            "/run/mayu",
-            "/run/containerd/s",
-            "/run/containerd/io.containerd.runtime.v2.task",
-            "/run/containerd/fifo",
-        ] {
+        // Not /run/containerd/fifo: those are the client's, who keeps them when somebody else removes its task.
+        for root in ["/run/mayu", "/run/containerd/s", "/run/containerd/io.containerd.runtime.v2.task"] {
             collect(Path::new(root), &mut files, 3, &|_| true);
         }
         let mut cgroups = BTreeSet::new();

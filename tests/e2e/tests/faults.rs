@@ -61,7 +61,6 @@ fn an_exit_while_containerd_is_away_is_not_lost() {
 }
 
 #[test]
-#[ignore = "has not been seen to hold in the lab yet"]
 fn the_vmm_dies_with_its_shim_and_nothing_is_left() {
     Container::sh(&[], "true").success();
     let before = Traces::now();
