@@ -56,11 +56,14 @@ pub struct Parts {
 /// Refuses a description that no machine can be built from.
 ///
 /// # Errors
-/// It has too many vCPUs, or none.
+/// It has too many vCPUs or none, or a context id that is no guest's.
 pub fn check(config: &VmConfig) -> Result<()> {
-    match config.vcpus {
-        1..=MAX_VCPUS => Ok(()),
-        vcpus => Err(Error::VcpuCount { vcpus }),
+    match config {
+        VmConfig { vcpus: 0, .. } => Err(Error::VcpuCount { vcpus: 0 }),
+        VmConfig { vcpus, .. } if *vcpus > MAX_VCPUS => Err(Error::VcpuCount { vcpus: *vcpus }),
+        // 0 to 2 are the hypervisor, the local host and the host, and the largest means any (vsock(7)).
+        VmConfig { guest_cid: cid @ (..=2 | u32::MAX), .. } => Err(Error::GuestCid { cid: *cid }),
+        _ => Ok(()),
     }
 }
 

@@ -209,6 +209,12 @@ pub enum Error {
     /// The vCPUs run although they should not, or do not although they should.
     #[error("the vCPUs {} running", if *.0 { "are" } else { "are not" })]
     Running(bool),
+    /// No guest may have this vsock context id.
+    #[error("{cid} is not a guest's vsock context id: 3 to 4294967294 are")]
+    GuestCid {
+        /// What was asked for.
+        cid: u32,
+    },
     /// A saved state is not one of a machine that can be built here.
     #[error("cannot restore a machine: the state of {vcpus} vCPUs and {devices} devices does not fit it")]
     RestoreMachine {

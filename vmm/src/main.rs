@@ -25,8 +25,8 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let log = log::to_stderr();
-    let machine = Control::inherit().and_then(|control| Ok((control.receive_build()?, control)));
-    let (log, outcome) = match machine {
+    let request = Control::inherit().and_then(|control| Ok((control.receive_build()?, control)));
+    let (log, outcome) = match request {
         Ok(((id, config, resources), control)) => {
             let log = log.new(o!("sandbox" => config.sandbox_id.clone()));
             let outcome = run(id, &config, resources, control, started, &log);

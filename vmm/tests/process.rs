@@ -72,6 +72,7 @@ fn what_cannot_be_built_is_refused_with_the_reason_and_ends_the_process() {
         (VmConfig { memory_mib: 65_537, ..config() }, reset(), "at most 65536"),
         (VmConfig { vcpus: 0, ..config() }, reset(), "0 vCPUs"),
         (VmConfig { vcpus: 33, ..config() }, reset(), "1 to 32"),
+        (VmConfig { guest_cid: 2, ..config() }, reset(), "context id"),
         (VmConfig { uid: 0, ..config() }, reset(), "change its user"),
         (VmConfig { kernel_args: "x".repeat(2048), ..config() }, reset(), "command line"),
         (VmConfig { kernel_args: "a\nb".into(), ..config() }, reset(), "command line"),
