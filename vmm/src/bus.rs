@@ -129,6 +129,8 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
     use crate::devices::serial::serial;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
     use vmm_sys_util::eventfd::EventFd;
 
     fn bus() -> Bus {
@@ -173,5 +175,24 @@ mod tests {
         let mut port = [0; 2];
         bus.read_port(0xcf8, &mut port);
         assert_eq!(port, [0xff; 2]);
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_a_guest_does_with_ports_only_the_reset_command_resets(
+            accesses in vec((any::<bool>(), 0x50u16..0x410, vec(any::<u8>(), 1..9)), 1..200)
+        ) {
+            let bus = bus();
+            let mut reset = false;
+            for (write, port, mut data) in accesses {
+                if write {
+                    reset |= port == 0x64 && data.contains(&0xfe);
+                    let after = bus.write_port(port, &data);
+                    prop_assert_eq!(after == AfterWrite::Reset, reset);
+                } else {
+                    bus.read_port(port, &mut data);
+                }
+            }
+        }
     }
 }
