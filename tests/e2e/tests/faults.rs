@@ -44,7 +44,6 @@ fn a_pod_survives_containerd() {
 }
 
 #[test]
-#[ignore = "has not been seen to hold in the lab yet"]
 fn an_exit_while_containerd_is_away_is_not_lost() {
     let dir = tempfile::tempdir().unwrap();
     let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", dir.path().display());
