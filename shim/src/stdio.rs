@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest};
 use tokio::fs::{self, OpenOptions};
 use tokio::io::{AsyncWrite, AsyncWriteExt, BufReader, copy_buf};
 use tokio::net::UnixStream;
@@ -37,6 +38,28 @@ pub struct Endpoints {
     pub stderr: String,
     /// Whether the process gets a pseudo-terminal.
     pub terminal: bool,
+}
+
+impl From<&CreateTaskRequest> for Endpoints {
+    fn from(request: &CreateTaskRequest) -> Self {
+        Self {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        }
+    }
+}
+
+impl From<&ExecProcessRequest> for Endpoints {
+    fn from(request: &ExecProcessRequest) -> Self {
+        Self {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        }
+    }
 }
 
 impl Endpoints {

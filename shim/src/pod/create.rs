@@ -32,12 +32,8 @@ impl Pod {
         if !request.checkpoint.is_empty() {
             return Err(Error::Unimplemented("a container cannot be restored from a checkpoint"));
         }
-        let endpoints = Endpoints {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
+        let endpoints = Endpoints::from(&request);
+        endpoints.present()?;
         let container = Arc::new(Container::new(&request.id, Path::new(&request.bundle), endpoints));
         self.reserve(&container)?;
         let created = self.build(&container, request).await;
@@ -127,13 +123,7 @@ impl Pod {
         }
         let log = self.log.new(o!("container" => request.id.clone(), "exec" => request.exec_id.clone()));
         let spec = guest_process(request.spec.as_ref(), &log)?;
-        let endpoints = Endpoints {
-            stdin: request.stdin.clone(),
-            stdout: request.stdout.clone(),
-            stderr: request.stderr.clone(),
-            terminal: request.terminal,
-        };
-        let process = container.add_exec(&request.exec_id, endpoints)?;
+        let process = container.add_exec(&request.exec_id, Endpoints::from(&request))?;
         let made = self.attach_process(&sandbox, &process, |names| {
             let request = ExecProcessRequest {
                 stdin: names.stdin,
@@ -149,10 +139,10 @@ impl Pod {
             }
         });
         if let Err(error) = made.await {
-            container.remove_exec(&process.exec_id);
             process.forget();
             // Where the agent has made no process there is nothing to delete.
             let _ = self.delete_in_guest(&container.id, &process.exec_id).await;
+            container.remove_exec(&process.exec_id);
             return Err(error);
         }
         self.events.publish(TaskExecAdded {
