@@ -135,7 +135,10 @@ impl Launcher {
             .map_err(Error::file("execute", &self.program))?;
         let helper = Pid::from_raw(helper.id().cast_signed());
         let mut helper_exit = reaper.watch(helper);
-        send(ours.as_fd(), request, &descriptors)?;
+        match send(ours.as_fd(), request, &descriptors) {
+            Err(Error::System { source: Errno::EPIPE | Errno::ECONNRESET, .. }) => return Err(helper_died()),
+            sent => sent?,
+        }
         drop(descriptors);
 
         fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
@@ -161,7 +164,7 @@ impl Launcher {
         let (reply, mut received) = match answer {
             Ok(Some(message)) => message,
             Ok(None) | Err(Error::System { source: Errno::EAGAIN | Errno::ECONNRESET, .. }) => {
-                return Err(Error::Launch("the launch helper died".into()));
+                return Err(helper_died());
             }
             Err(error) => return Err(error),
         };
@@ -175,6 +178,10 @@ impl Launcher {
             Reply::Failed(reason) => Err(Error::Launch(reason)),
         }
     }
+}
+
+fn helper_died() -> Error {
+    Error::Launch("the launch helper died".into())
 }
 
 async fn receive_when_ready<T: DeserializeOwned>(
