@@ -3,11 +3,16 @@
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
+use rustix::fs::{XattrFlags, getxattr, setxattr};
+
 use crate::Result;
 use crate::error::file;
 
 /// Where the host's cgroup v2 hierarchy is mounted.
 pub const MOUNT: &str = "/sys/fs/cgroup";
+
+/// Tells the cgroups that a pod has made from those of the kubelet or of systemd.
+const MADE_BY_MAYU: &str = "user.mayu";
 
 /// The directory that a spec's `cgroupsPath` names: a path below the mount, or systemd's `slice:prefix:name`,
 /// which is laid out as systemd would (systemd.slice(5)).
@@ -32,40 +37,41 @@ fn scope(prefix: &str, name: &str) -> String {
     if name.ends_with(".slice") { name.into() } else { format!("{prefix}-{name}.scope") }
 }
 
-/// Makes `directory` and puts the process into it. Gives what was made, the innermost first.
+/// Makes `directory` and puts the process into it.
 ///
 /// # Errors
 /// [`crate::Error::File`]; what was made is gone again.
-pub fn enter(directory: &Path, pid: i32) -> Result<Vec<PathBuf>> {
-    let mut made = Vec::new();
+pub fn enter(directory: &Path, pid: i32) -> Result<()> {
     // Another pod that ends may take a common parent away just now.
-    let result = make(directory, &mut made).or_else(|_| make(directory, &mut made)).and_then(|()| {
+    let result = make(directory).or_else(|_| make(directory)).and_then(|()| {
         let procs = directory.join("cgroup.procs");
         fs::write(&procs, pid.to_string()).map_err(file("move the VMM into", procs))
     });
-    if let Err(error) = result {
-        remove(&made);
-        return Err(error);
+    if result.is_err() {
+        remove(directory);
     }
-    Ok(made)
+    result
 }
 
-fn make(directory: &Path, made: &mut Vec<PathBuf>) -> Result<()> {
+fn make(directory: &Path) -> Result<()> {
     if let Some(parent) = directory.parent().filter(|parent| !parent.exists()) {
-        make(parent, made)?;
+        make(parent)?;
     }
     match fs::create_dir(directory) {
-        Ok(()) => made.insert(0, directory.into()),
+        // Where it cannot be marked, it stays behind empty, which does no harm.
+        Ok(()) => drop(setxattr(directory, MADE_BY_MAYU, b"1", XattrFlags::empty())),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => return Err(file("create", directory)(error)),
     }
     Ok(())
 }
 
-/// Removes cgroups, the innermost first. One that another pod has come to use stays.
-pub fn remove(made: &[PathBuf]) {
-    for directory in made {
-        if fs::remove_dir(directory).is_err() {
+/// Removes the pod's cgroup, and its parents as far as a pod has made them and nothing else uses them: the last pod
+/// takes away what the first one made.
+pub fn remove(directory: &Path) {
+    for directory in directory.ancestors() {
+        let made_by_mayu = getxattr(directory, MADE_BY_MAYU, &mut [0; 1]).is_ok();
+        if !made_by_mayu || fs::remove_dir(directory).is_err() {
             break;
         }
     }
@@ -93,14 +99,19 @@ mod tests {
     }
 
     #[test]
-    fn only_what_was_made_is_removed() {
+    fn the_last_pod_removes_what_the_first_one_made_and_no_more() {
         let mount = tempfile::tempdir().unwrap();
-        let inner = mount.path().join("default/c1");
-        let mut made = Vec::new();
-        make(&inner, &mut made).unwrap();
-        assert_eq!(made, [inner.clone(), mount.path().join("default")]);
-        fs::create_dir(mount.path().join("default/c2")).unwrap();
-        remove(&made);
-        assert!(!inner.exists() && mount.path().join("default/c2").exists());
+        let kubelet = mount.path().join("kubepods");
+        fs::create_dir(&kubelet).unwrap();
+        let pods = ["kubepods/pods/1", "kubepods/pods/2"].map(|path| mount.path().join(path));
+        for pod in &pods {
+            make(pod).unwrap();
+        }
+
+        remove(&pods[0]);
+        assert!(!pods[0].exists() && pods[1].exists());
+
+        remove(&pods[1]);
+        assert!(fs::read_dir(&kubelet).unwrap().next().is_none());
     }
 }

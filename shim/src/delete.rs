@@ -79,8 +79,8 @@ pub fn make_anew(dir: &StateDir) -> Result<()> {
 }
 
 fn remove(dir: &StateDir) -> Result<()> {
-    if let Some(record) = dir.read_record() {
-        cgroup::remove(&record.cgroups);
+    if let Some(directory) = dir.read_record().and_then(|record| record.cgroup) {
+        cgroup::remove(&directory);
     }
     dir.remove()
 }

@@ -56,7 +56,7 @@ pub struct Sandbox {
     pub agent: Agent,
     vmm: VmmProcess,
     client: Arc<VmmClient>,
-    cgroups: Vec<PathBuf>,
+    own_cgroup: Option<PathBuf>,
     next_stream: AtomicU64,
     condemned: watch::Sender<Option<String>>,
     ended: watch::Sender<Option<String>>,
@@ -95,8 +95,8 @@ impl Sandbox {
         let machine = machine(config, &blueprint.id);
         let building = Building { machine, files, share: dir.share(), console: console_writer };
         let mut spawned = VmmProcess::spawn(config, building, log).await?;
-        let mut cgroups = Vec::new();
-        let up = come_up(&blueprint, &mut spawned, &mut cgroups, attach).await;
+        let mut own_cgroup = None;
+        let up = come_up(&blueprint, &mut spawned, &mut own_cgroup, attach).await;
         let Spawned { process: vmm, client, events: vmm_events, .. } = spawned;
         match up {
             Ok(Up { agent, agent_events, ready }) => {
@@ -107,7 +107,7 @@ impl Sandbox {
                     agent,
                     vmm,
                     client,
-                    cgroups,
+                    own_cgroup,
                     next_stream: AtomicU64::new(1),
                     condemned: watch::Sender::new(None),
                     ended: watch::Sender::new(None),
@@ -117,7 +117,9 @@ impl Sandbox {
             }
             Err(error) => {
                 let end = vmm.kill().await;
-                cgroup::remove(&cgroups);
+                if let Some(directory) = &own_cgroup {
+                    cgroup::remove(directory);
+                }
                 Err(with_console(error, &end, console.final_tail().await))
             }
         }
@@ -189,7 +191,9 @@ impl Sandbox {
         }
         // The sender lives as long as `self`.
         let _ = self.ended.subscribe().wait_for(Option::is_some).await;
-        cgroup::remove(&self.cgroups);
+        if let Some(directory) = &self.own_cgroup {
+            cgroup::remove(directory);
+        }
         let dir = self.dir.clone();
         match spawn_blocking(move || dir.remove()).await {
             Ok(Err(error)) => warn!(self.log, "the pod's directory stays"; "error" => error.to_string()),
@@ -212,30 +216,32 @@ fn machine(config: &Config, id: &str) -> VmConfig {
 }
 
 /// Puts the VMM into the pod's cgroup before it allocates anything, and writes down how to find both.
-fn enter_cgroup(blueprint: &Blueprint, pid: i32, made: &mut Vec<PathBuf>) -> Result<()> {
+fn enter_cgroup(blueprint: &Blueprint, pid: i32, made: &mut Option<PathBuf>) -> Result<()> {
     let mount = Path::new(cgroup::MOUNT);
     match &blueprint.cgroup {
         Some(path) if mount.join("cgroup.controllers").exists() => {
-            *made = cgroup::enter(&cgroup::directory(mount, path), pid)?;
+            let directory = cgroup::directory(mount, path);
+            cgroup::enter(&directory, pid)?;
+            *made = Some(directory);
         }
         Some(_) => warn!(blueprint.log, "the VMM stays in the shim's cgroup: the host has no cgroup v2"),
         None => {}
     }
     let start_time = start_time(pid).unwrap_or_default();
-    blueprint.dir.write_record(&Record { pid, start_time, cgroups: made.clone() })
+    blueprint.dir.write_record(&Record { pid, start_time, cgroup: made.clone() })
 }
 
 /// From a forked VMM to a guest whose agent answers, with the first container's files mounted.
 async fn come_up(
     blueprint: &Blueprint,
     spawned: &mut Spawned,
-    cgroups: &mut Vec<PathBuf>,
+    cgroup: &mut Option<PathBuf>,
     attach: impl FnOnce() -> Result<()> + Send + 'static,
 ) -> Result<Up> {
     let deadline = Instant::now() + blueprint.config.timeouts.boot();
     let seconds = blueprint.config.timeouts.boot;
     let too_late = |_| Error::BootTimeout { seconds, console: String::new() };
-    enter_cgroup(blueprint, spawned.process.pid, cgroups)?;
+    enter_cgroup(blueprint, spawned.process.pid, cgroup)?;
     let built = timeout_at(deadline, &mut spawned.built).await.map_err(too_late)?;
     built.map_err(|_| Error::Vmm(mayu_vmm_api::Error::Closed))??;
     let run = run_guest(blueprint, &spawned.client, &mut spawned.events);

@@ -34,8 +34,8 @@ pub struct Record {
     pub pid: i32,
     /// The VMM's start in clock ticks since boot (proc_pid_stat(5), field 22). With the pid it names one process.
     pub start_time: u64,
-    /// cgroups made for the pod, the innermost first.
-    pub cgroups: Vec<PathBuf>,
+    /// The cgroup that was made for the pod.
+    pub cgroup: Option<PathBuf>,
 }
 
 /// The directory of one pod.
@@ -192,7 +192,7 @@ mod tests {
         let dir = StateDir::new(root.path(), "ns", "pod").unwrap();
         assert_eq!(dir.read_record(), None);
         fs::create_dir_all(dir.path()).unwrap();
-        let record = Record { pid: 7, start_time: 99, cgroups: vec!["/sys/fs/cgroup/x".into()] };
+        let record = Record { pid: 7, start_time: 99, cgroup: Some("/sys/fs/cgroup/x".into()) };
         dir.write_record(&record).unwrap();
         assert_eq!(dir.read_record(), Some(record));
     }
