@@ -47,11 +47,7 @@ unit: deps
 e2e lab: PROFILE := lab
 
 e2e: payload
-	for version in $(CONTAINERD); do \
-		echo "== end to end with containerd $$version =="; \
-		tests/lab/run --payload $(payload) --results $(results)/e2e-$$version --memory 6144 --timeout 3600 \
-			-- ./lab/e2e $$version $(E2E); \
-	done
+	tests/lab/e2e $(payload) $(results)/e2e "$(CONTAINERD)" $(E2E)
 
 bench: payload
 	tests/lab/run --mode exact --payload $(payload) --results $(results)/bench --timeout 3600 -- ./lab/bench

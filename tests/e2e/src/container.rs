@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
 
-use crate::{Outcome, run, run_with_input, runtime};
+use crate::{Outcome, PATIENCE, run, run_with_input, runtime};
 
 /// A `ctr` command in containerd's default namespace. It waits longer for a busy containerd than it would by itself.
 pub fn ctr<I: IntoIterator<Item: AsRef<std::ffi::OsStr>>>(args: I) -> Command {
@@ -94,10 +95,18 @@ impl Container {
         self.exec(&["sh", "-c", script]).success().text()
     }
 
-    /// Runs a command that reads `input` in this container until it ends.
+    /// Runs a command that reads `input` in this container until it ends. ctr 1.7 gives up after seconds on a containerd
+    /// that is too busy to greet it, whatever it is told; then nothing has begun, and it is run again.
     #[track_caller]
     pub fn exec_with_input(&self, command: &[&str], input: Vec<u8>) -> Outcome {
-        run_with_input(&mut self.exec_command(&[], command), input)
+        let started = Instant::now();
+        loop {
+            let outcome = run_with_input(&mut self.exec_command(&[], command), input.clone());
+            let begun = !outcome.stderr.contains("error reading server preface");
+            if begun || started.elapsed() > PATIENCE {
+                return outcome;
+            }
+        }
     }
 
     /// `ctr task <verb> <flags> <id>`.

@@ -49,7 +49,6 @@ async fn status(shim: &TaskClient, id: &str, exec_id: &str) -> Status {
 }
 
 #[tokio::test]
-#[ignore = "has not been seen to hold in the lab yet"]
 async fn what_is_not_there_is_not_found() {
     let container = Container::idle(&[]);
     let shim = connect(&container).await;
@@ -76,7 +75,6 @@ async fn what_is_not_there_is_not_found() {
 }
 
 #[tokio::test]
-#[ignore = "has not been seen to hold in the lab yet"]
 async fn a_running_task_is_not_to_be_started_deleted_or_resumed() {
     let container = Container::idle(&[]);
     let shim = connect(&container).await;
@@ -89,7 +87,6 @@ async fn a_running_task_is_not_to_be_started_deleted_or_resumed() {
 }
 
 #[tokio::test]
-#[ignore = "has not been seen to hold in the lab yet"]
 async fn an_exec_goes_through_its_states() {
     let container = Container::idle(&[]);
     let shim = connect(&container).await;
@@ -112,7 +109,6 @@ async fn an_exec_goes_through_its_states() {
 }
 
 #[tokio::test]
-#[ignore = "has not been seen to hold in the lab yet"]
 async fn a_stopped_container_takes_no_exec_and_remembers_its_end() {
     let container = Container::detached(BUSYBOX, &[], &["sh", "-c", "exit 6"]);
     let shim = connect(&container).await;
@@ -128,7 +124,6 @@ async fn a_stopped_container_takes_no_exec_and_remembers_its_end() {
 }
 
 #[tokio::test]
-#[ignore = "has not been seen to hold in the lab yet"]
 async fn what_makes_no_sense_is_an_invalid_argument() {
     let container = Container::idle(&[]);
     let shim = connect(&container).await;
@@ -141,7 +136,6 @@ async fn what_makes_no_sense_is_an_invalid_argument() {
 }
 
 #[tokio::test]
-#[ignore = "has not been seen to hold in the lab yet"]
 async fn checkpoints_are_unimplemented_and_say_so() {
     let container = Container::idle(&[]);
     let shim = connect(&container).await;
@@ -151,7 +145,6 @@ async fn checkpoints_are_unimplemented_and_say_so() {
 }
 
 #[tokio::test]
-#[ignore = "has not been seen to hold in the lab yet"]
 async fn a_shim_with_a_task_does_not_shut_down() {
     let container = Container::idle(&[]);
     let shim = connect(&container).await;
@@ -167,7 +160,6 @@ async fn a_shim_with_a_task_does_not_shut_down() {
 }
 
 #[tokio::test]
-#[ignore = "has not been seen to hold in the lab yet"]
 async fn a_program_that_is_not_there_is_named() {
     let container = Container::idle(&[]);
     let shim = connect(&container).await;

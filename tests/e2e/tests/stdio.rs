@@ -24,7 +24,6 @@ fn digest(bytes: &[u8]) -> String {
 }
 
 #[test]
-#[ignore = "has not been seen to hold in the lab yet"]
 fn a_hundred_megabytes_pass_through_cat_unchanged() {
     let input = noise(HUNDRED_MB);
     let expected = digest(&input);
@@ -37,7 +36,6 @@ fn a_hundred_megabytes_pass_through_cat_unchanged() {
 }
 
 #[test]
-#[ignore = "has not been seen to hold in the lab yet"]
 fn the_end_of_stdin_reaches_the_program_and_its_answer_comes_back() {
     let container = Container::idle(&[]);
     let outcome =
@@ -48,7 +46,6 @@ fn the_end_of_stdin_reaches_the_program_and_its_answer_comes_back() {
 }
 
 #[test]
-#[ignore = "has not been seen to hold in the lab yet"]
 fn a_program_that_does_not_read_its_stdin_ends_all_the_same() {
     let container = Container::idle(&[]);
     let outcome = container.exec_with_input(&["true"], noise(1_000_000));
@@ -56,7 +53,6 @@ fn a_program_that_does_not_read_its_stdin_ends_all_the_same() {
 }
 
 #[test]
-#[ignore = "has not been seen to hold in the lab yet"]
 fn output_goes_to_a_file_log_uri() {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("out.log");
@@ -74,7 +70,6 @@ fn output_goes_to_a_file_log_uri() {
 }
 
 #[test]
-#[ignore = "has not been seen to hold in the lab yet"]
 fn output_goes_to_a_binary_log_uri() {
     let dir = tempfile::tempdir().unwrap();
     let (logger, log) = (dir.path().join("logger"), dir.path().join("out.log"));
