@@ -277,7 +277,9 @@ async fn run_guest(blueprint: &Blueprint, client: &VmmClient, events: &mut Event
     let agent = Agent::new(stream, blueprint.config.timeouts.request());
     agent.configure(&blueprint.hostname).await?;
     let agent_events = agent.events().await?;
-    info!(blueprint.log, "VM is up"; "kernel_us" => hello.kernel_us, "agent_us" => hello.agent_us);
+    let vmm = client.status().await?;
+    info!(blueprint.log, "VM is up";
+        "vmm_us" => vmm.guest_entry_us, "kernel_us" => hello.kernel_us, "agent_us" => hello.agent_us);
     Ok(Up { agent, agent_events, ready })
 }
 
