@@ -98,10 +98,10 @@ impl Container {
     /// Runs a command that reads `input` in this container until it ends. ctr 1.7 gives up after seconds on a containerd
     /// that is too busy to greet it, whatever it is told; then nothing has begun, and it is run again.
     #[track_caller]
-    pub fn exec_with_input(&self, command: &[&str], input: Vec<u8>) -> Outcome {
+    pub fn exec_with_input(&self, command: &[&str], input: &[u8]) -> Outcome {
         let started = Instant::now();
         loop {
-            let outcome = run_with_input(&mut self.exec_command(&[], command), input.clone());
+            let outcome = run_with_input(&mut self.exec_command(&[], command), input.to_vec());
             let begun = !outcome.stderr.contains("error reading server preface");
             if begun || started.elapsed() > PATIENCE {
                 return outcome;

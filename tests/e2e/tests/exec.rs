@@ -46,7 +46,7 @@ fn fifty_execs_at_once() {
                     (
                         number,
                         container
-                            .exec_with_input(&["sh", "-c", &script], format!("to {number}\n").into_bytes()),
+                            .exec_with_input(&["sh", "-c", &script], format!("to {number}\n").as_bytes()),
                     )
                 })
             })

@@ -38,8 +38,7 @@ fn a_hundred_megabytes_pass_through_cat_unchanged() {
 #[test]
 fn the_end_of_stdin_reaches_the_program_and_its_answer_comes_back() {
     let container = Container::idle(&[]);
-    let outcome =
-        container.exec_with_input(&["sh", "-c", "sha256sum; echo after the end"], b"some input".to_vec());
+    let outcome = container.exec_with_input(&["sh", "-c", "sha256sum; echo after the end"], b"some input");
     let text = outcome.success().text();
     assert!(text.starts_with(&digest(b"some input")), "{text}");
     assert!(text.ends_with("after the end"), "{text}");
@@ -48,7 +47,7 @@ fn the_end_of_stdin_reaches_the_program_and_its_answer_comes_back() {
 #[test]
 fn a_program_that_does_not_read_its_stdin_ends_all_the_same() {
     let container = Container::idle(&[]);
-    let outcome = container.exec_with_input(&["true"], noise(1_000_000));
+    let outcome = container.exec_with_input(&["true"], &noise(1_000_000));
     assert_eq!(outcome.code, 0, "{}", outcome.stderr);
 }
 
