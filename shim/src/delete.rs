@@ -1,5 +1,7 @@
-//! The `delete` command: cleans up after a shim that is dead, with no agent and no VMM to ask.
+//! The `delete` command: cleans up after a shim that is dead, with no agent and no VMM to ask. containerd runs it for every
+//! container that is gone, so also while the pod's shim lives and serves others.
 
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 use std::{env, fs};
@@ -28,16 +30,8 @@ pub fn run(flags: &Flags) -> Result<Vec<u8>> {
     let sandbox_id = spec::sandbox_id(&bundle, &flags.id).unwrap_or_else(|_| flags.id.clone());
     let dir = StateDir::new(Path::new(state_dir::ROOT), &flags.namespace, &sandbox_id)?;
     let pid = dir.read_record().map_or(0, |record| record.pid);
-    // The VM of a pod ends with its shim, whichever of its containers containerd asks about first.
-    kill_vmm(&dir)?;
-    if sandbox_id == flags.id {
-        remove(&dir)?;
-    } else {
-        storage::detach(&dir, &flags.id)?;
-    }
-    if let Ok(address) = fs::read_to_string(bundle.join(ADDRESS_FILE)) {
-        unlink_socket(socket_path(address.trim()));
-    }
+    let address = fs::read_to_string(bundle.join(ADDRESS_FILE)).unwrap_or_default();
+    clean_up(&dir, &flags.id, sandbox_id == flags.id, socket_path(address.trim()))?;
     DeleteResponse {
         pid: pid.unsigned_abs(),
         exit_status: KILLED,
@@ -46,6 +40,23 @@ pub fn run(flags: &Flags) -> Result<Vec<u8>> {
     }
     .write_to_bytes()
     .map_err(|error| Error::Protocol(error.to_string()))
+}
+
+/// Takes away what is left of a container; with the pod itself, or after its shim's end, of the VM.
+fn clean_up(dir: &StateDir, container_id: &str, is_pod: bool, socket: &Path) -> Result<()> {
+    if !is_pod && UnixStream::connect(socket).is_ok() {
+        // The shim has taken away what belonged to this one, and goes on with the others.
+        return Ok(());
+    }
+    // The VM of a pod ends with its shim, whichever of its containers containerd asks about first.
+    kill_vmm(dir)?;
+    if is_pod {
+        remove(dir)?;
+    } else {
+        storage::detach(dir, container_id)?;
+    }
+    unlink_socket(socket);
+    Ok(())
 }
 
 fn bundle(flags: &Flags) -> Result<std::path::PathBuf> {
@@ -117,6 +128,7 @@ pub fn start_time(pid: i32) -> Option<u64> {
 mod tests {
     use super::*;
     use crate::state_dir::Record;
+    use std::os::unix::net::UnixListener;
     use std::process::{Command, Stdio};
 
     fn dir() -> (tempfile::TempDir, StateDir) {
@@ -139,6 +151,24 @@ mod tests {
         dir.write_record(&record).unwrap();
         kill_vmm(&dir).unwrap();
         assert!(!child.wait().unwrap().success());
+    }
+
+    #[test]
+    fn a_pod_that_is_served_outlives_its_containers() {
+        let (root, dir) = dir();
+        let mut child = sleeper();
+        let pid = child.id() as i32;
+        let record = Record { pid, start_time: start_time(pid).unwrap(), ..Default::default() };
+        dir.write_record(&record).unwrap();
+        let socket = root.path().join("socket");
+        let shim = UnixListener::bind(&socket).unwrap();
+
+        clean_up(&dir, "c", false, &socket).unwrap();
+        assert!(child.try_wait().unwrap().is_none() && socket.exists());
+
+        drop(shim);
+        clean_up(&dir, "c", false, &socket).unwrap();
+        assert!(!child.wait().unwrap().success() && !socket.exists());
     }
 
     #[test]
