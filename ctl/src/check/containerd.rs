@@ -70,24 +70,49 @@ fn handler() -> Fact {
         Ok(text) => text,
         Err(reason) => return Fact::bad(NAME, reason, remedy),
     };
-    match runtime_type(&merged) {
-        Ok(Some(runtime)) if runtime == RUNTIME_TYPE => {
-            Fact::good(NAME, format!("{HANDLER} is {RUNTIME_TYPE}"))
+    let handlers = match Handlers::parse(&merged) {
+        Ok(handlers) => handlers,
+        Err(error) => {
+            return Fact::bad(NAME, format!("containerd's configuration is not TOML: {error}"), remedy);
         }
-        Ok(Some(other)) => Fact::bad(NAME, format!("{HANDLER} is {other}"), remedy),
-        Ok(None) => Fact::bad(NAME, format!("containerd knows no runtime handler {HANDLER}"), remedy),
-        Err(error) => Fact::bad(NAME, format!("containerd's configuration is not TOML: {error}"), remedy),
+    };
+    match (handlers.ours.as_deref(), handlers.lost_default) {
+        (Some(RUNTIME_TYPE), None) => Fact::good(NAME, format!("{HANDLER} is {RUNTIME_TYPE}")),
+        (Some(RUNTIME_TYPE), Some(default)) => Fact::bad(
+            NAME,
+            format!("containerd cannot load CRI: its default runtime handler {default} is not configured"),
+            "containerd 1.x does not merge what two files say of CRI: put all its runtimes into one file",
+        ),
+        (Some(other), _) => Fact::bad(NAME, format!("{HANDLER} is {other}"), remedy),
+        (None, _) => Fact::bad(NAME, format!("containerd knows no runtime handler {HANDLER}"), remedy),
     }
 }
 
-/// The runtime type of the handler in containerd's merged configuration.
-fn runtime_type(merged: &str) -> Result<Option<String>, toml::de::Error> {
-    let config: toml::Table = merged.parse()?;
-    let find = |plugin: &&str| {
-        let runtimes = config.get("plugins")?.get(plugin)?.get("containerd")?.get("runtimes")?;
-        runtimes.get(HANDLER)?.get("runtime_type")?.as_str().map(str::to_owned)
-    };
-    Ok(CRI_PLUGINS.iter().find_map(find))
+/// What containerd's merged configuration says of runtime handlers.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Handlers {
+    /// The runtime type of ours.
+    ours: Option<String>,
+    /// The default handler, where there is no such handler.
+    lost_default: Option<String>,
+}
+
+impl Handlers {
+    fn parse(merged: &str) -> Result<Self, toml::de::Error> {
+        let config: toml::Table = merged.parse()?;
+        let find = |plugin: &&str| {
+            let containerd = config.get("plugins")?.get(plugin)?.get("containerd")?;
+            let runtimes = containerd.get("runtimes")?;
+            let default = containerd.get("default_runtime_name").and_then(toml::Value::as_str);
+            Some(Self {
+                ours: runtimes
+                    .get(HANDLER)
+                    .and_then(|ours| ours.get("runtime_type")?.as_str().map(str::to_owned)),
+                lost_default: default.filter(|name| runtimes.get(name).is_none()).map(str::to_owned),
+            })
+        };
+        Ok(CRI_PLUGINS.iter().find_map(find).unwrap_or_default())
+    }
 }
 
 fn output(program: &str, args: &[&str]) -> Result<String, String> {
@@ -129,13 +154,27 @@ mod tests {
         for plugin in CRI_PLUGINS {
             let text =
                 format!("[plugins.'{plugin}'.containerd.runtimes.mayu]\nruntime_type = '{RUNTIME_TYPE}'\n");
-            assert_eq!(runtime_type(&text).unwrap().as_deref(), Some(RUNTIME_TYPE));
+            let expected = Handlers { ours: Some(RUNTIME_TYPE.into()), lost_default: None };
+            assert_eq!(Handlers::parse(&text).unwrap(), expected);
         }
+    }
+
+    #[test]
+    fn a_default_handler_that_a_second_file_has_lost_is_found() {
+        let text = format!(
+            "[plugins.'io.containerd.grpc.v1.cri'.containerd]\ndefault_runtime_name = 'runc'\n\
+             [plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.mayu]\nruntime_type = '{RUNTIME_TYPE}'\n"
+        );
+        assert_eq!(Handlers::parse(&text).unwrap().lost_default.as_deref(), Some("runc"));
+        let text = format!(
+            "{text}[plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.runc]\nruntime_type = 'x'\n"
+        );
+        assert_eq!(Handlers::parse(&text).unwrap().lost_default, None);
     }
 
     #[test]
     fn a_configuration_without_the_handler_has_none() {
         let text = "version = 3\n[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]\nruntime_type = 'io.containerd.runc.v2'\n";
-        assert_eq!(runtime_type(text).unwrap(), None);
+        assert_eq!(Handlers::parse(text).unwrap(), Handlers::default());
     }
 }
