@@ -1,5 +1,6 @@
 //! The connection to the guest's agent. What comes back is hostile: every call has a deadline, every text a bound.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -96,7 +97,7 @@ impl Agent {
     ///
     /// # Errors
     /// As [`Agent::task`].
-    pub async fn configure(&self, hostname: &str) -> Result<()> {
+    pub async fn configure(&self, hostname: &str, sysctls: &HashMap<String, String>) -> Result<()> {
         let mut entropy = vec![0; ENTROPY];
         let mut random = tokio::fs::File::open("/dev/urandom").await.map_err(system("open /dev/urandom"))?;
         random.read_exact(&mut entropy).await.map_err(system("read /dev/urandom"))?;
@@ -105,6 +106,7 @@ impl Agent {
             realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
             entropy,
             hostname: hostname.into(),
+            sysctls: sysctls.clone(),
             ..Default::default()
         };
         let call = self.sandbox.configure(Context::default(), &request);

@@ -11,11 +11,23 @@ use crate::{Error, Result, id};
 /// The most execs of one container at a time.
 const MAX_EXECS: usize = 4096;
 
+/// What a container is to its pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The pod itself, as Kubernetes has it: elsewhere a process that does nothing but hold the pod's namespaces.
+    /// Here the VM does that, and the guest knows of no such container.
+    Pod,
+    /// One that runs something.
+    Workload,
+}
+
 /// A container of the pod.
 #[derive(Debug)]
 pub struct Container {
     /// containerd's identifier.
     pub id: String,
+    /// Whether it is more than the VM.
+    pub role: Role,
     /// containerd's directory for it.
     pub bundle: PathBuf,
     /// Its first process.
@@ -25,12 +37,24 @@ pub struct Container {
 
 impl Container {
     /// A container that is about to be made.
-    pub fn new(id: &str, bundle: &Path, endpoints: Endpoints) -> Self {
+    pub fn new(id: &str, role: Role, bundle: &Path, endpoints: Endpoints) -> Self {
         Self {
             id: id.into(),
+            role,
             bundle: bundle.into(),
             init: Arc::new(Process::new(id, "", endpoints)),
             execs: Mutex::default(),
+        }
+    }
+
+    /// Refuses an operation on processes to a container that has none.
+    ///
+    /// # Errors
+    /// [`Error::NoProcess`].
+    pub fn require_process(&self, operation: &'static str) -> Result<()> {
+        match self.role {
+            Role::Pod => Err(Error::NoProcess { operation, id: self.id.clone() }),
+            Role::Workload => Ok(()),
         }
     }
 
@@ -88,7 +112,7 @@ mod tests {
 
     #[test]
     fn execs_are_found_by_id_and_only_once() {
-        let container = Container::new("c", Path::new("/b"), Endpoints::default());
+        let container = Container::new("c", Role::Workload, Path::new("/b"), Endpoints::default());
         container.add_exec("e", Endpoints::default()).unwrap();
         assert!(matches!(
             container.add_exec("e", Endpoints::default()),

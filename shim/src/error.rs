@@ -95,6 +95,14 @@ pub enum Error {
     /// A request that is not supported.
     #[error("{0}")]
     Unimplemented(&'static str),
+    /// A request for a process of the pod itself, which has none.
+    #[error("cannot {operation} {id:?}: it is the pod itself, which has no process; its containers have")]
+    NoProcess {
+        /// What was asked.
+        operation: &'static str,
+        /// The identifier of the pod.
+        id: String,
+    },
     /// A file that every pod needs is missing or unreadable.
     #[error("open the {what} {}: {source}; {hint}", path.display())]
     HostFile {
@@ -228,7 +236,7 @@ impl Error {
             | Self::Config { .. }
             | Self::HostFile { .. }
             | Self::Machine(_) => Code::FAILED_PRECONDITION,
-            Self::Unimplemented(_) => Code::UNIMPLEMENTED,
+            Self::Unimplemented(_) | Self::NoProcess { .. } => Code::UNIMPLEMENTED,
             Self::BootTimeout { .. } | Self::AgentTimeout { .. } => Code::DEADLINE_EXCEEDED,
             Self::Vmm(mayu_vmm_api::Error::Timeout { .. }) => Code::DEADLINE_EXCEEDED,
             Self::Agent { status } => status.code(),

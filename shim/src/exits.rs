@@ -94,7 +94,7 @@ async fn finish(
 }
 
 /// Records an end and publishes it, if it is the first.
-fn publish(pod: &Pod, sandbox: &Sandbox, process: &Process, status: u32) {
+pub fn publish(pod: &Pod, sandbox: &Sandbox, process: &Process, status: u32) {
     let exit = Exit::now(status);
     // The same clock reading in the state and in the event.
     if process.finish(exit) {

@@ -16,6 +16,7 @@ use crate::config::Config;
 use crate::container::Container;
 use crate::events::Events;
 use crate::sandbox::{Blueprint, Sandbox};
+use crate::spec::PodSpec;
 use crate::state_dir::StateDir;
 use crate::storage::{self, Storage};
 use crate::{Error, Result, exits, id};
@@ -118,13 +119,8 @@ impl Pod {
         self.sandbox().map(|sandbox| sandbox.pid()).unwrap_or_default()
     }
 
-    /// Mounts a container's files, booting the VM at the same time if there is none.
-    async fn sandbox_with(
-        self: &Arc<Self>,
-        storage: Storage,
-        hostname: String,
-        cgroup: Option<PathBuf>,
-    ) -> Result<Arc<Sandbox>> {
+    /// Mounts a container's files, if it has any, booting the VM at the same time if there is none.
+    async fn sandbox_with(self: &Arc<Self>, storage: Option<Storage>, spec: PodSpec) -> Result<Arc<Sandbox>> {
         let claimed = {
             let mut state = self.lock();
             let vm = state.vm.clone();
@@ -136,13 +132,13 @@ impl Pod {
         match claimed {
             Vm::Up(sandbox) => {
                 let dir = sandbox.dir.clone();
-                blocking(move || storage.attach(&dir)).await?;
+                blocking(move || attach(storage.as_ref(), &dir)).await?;
                 Ok(sandbox)
             }
             Vm::Gone(_, reason) => Err(Error::SandboxGone(reason)),
             Vm::Booting => Err(Error::NoSandbox),
             Vm::Absent => {
-                let booted = self.boot(storage, hostname, cgroup).await;
+                let booted = self.boot(storage, spec).await;
                 if booted.is_err() {
                     self.lock().vm = Vm::Absent;
                 }
@@ -151,21 +147,19 @@ impl Pod {
         }
     }
 
-    async fn boot(
-        self: &Arc<Self>,
-        storage: Storage,
-        hostname: String,
-        cgroup: Option<PathBuf>,
-    ) -> Result<Arc<Sandbox>> {
+    async fn boot(self: &Arc<Self>, storage: Option<Storage>, spec: PodSpec) -> Result<Arc<Sandbox>> {
         let config = Config::load_from(&self.roots.config)?;
         check_memory(&config)?;
         let dir = StateDir::new(&self.roots.state, &self.namespace, &self.id)?;
         let made = dir.clone();
         blocking(move || crate::delete::make_anew(&made)).await?;
         let (id, log) = (self.id.clone(), self.log.clone());
-        let blueprint = Blueprint { id, hostname, cgroup, config, dir: dir.clone(), log };
+        let PodSpec { hostname, cgroups_path: cgroup, sysctls } = spec;
+        let hostname = hostname.unwrap_or_else(|| id.clone());
+        let blueprint = Blueprint { id, hostname, sysctls, cgroup, config, dir: dir.clone(), log };
         let share = dir.clone();
-        let (sandbox, signs, events) = match Sandbox::boot(blueprint, move || storage.attach(&share)).await {
+        let attach = move || attach(storage.as_ref(), &share);
+        let (sandbox, signs, events) = match Sandbox::boot(blueprint, attach).await {
             Ok(parts) => parts,
             Err(error) => {
                 if let Err(error) = blocking(move || dir.remove()).await {
@@ -221,6 +215,10 @@ impl Pod {
     fn lock(&self) -> std::sync::MutexGuard<'_, PodState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn attach(storage: Option<&Storage>, dir: &StateDir) -> Result<()> {
+    storage.map_or(Ok(()), |storage| storage.attach(dir))
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {

@@ -1,5 +1,6 @@
 //! One pod's VM: from a spawned VMM to an agent that answers, and back to nothing.
 
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -35,6 +36,8 @@ pub struct Blueprint {
     pub id: String,
     /// The guest's host name.
     pub hostname: String,
+    /// The pod's kernel parameters.
+    pub sysctls: HashMap<String, String>,
     /// Where the VMM belongs in the host's cgroup hierarchy.
     pub cgroup: Option<PathBuf>,
     /// The operator's configuration.
@@ -275,7 +278,7 @@ async fn run_guest(blueprint: &Blueprint, client: &VmmClient, events: &mut Event
     let hello = read_hello(&mut ready).await?;
     let stream = connect(client, RPC_PORT).await?;
     let agent = Agent::new(stream, blueprint.config.timeouts.request());
-    agent.configure(&blueprint.hostname).await?;
+    agent.configure(&blueprint.hostname, &blueprint.sysctls).await?;
     let agent_events = agent.events().await?;
     let vmm = client.status().await?;
     info!(blueprint.log, "VM is up";

@@ -1,5 +1,6 @@
 //! The OCI runtime spec of a container, as containerd wrote it for the host, rewritten for the guest.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
@@ -7,6 +8,7 @@ use mayu_agent_api::SHARE_DIR;
 use oci_spec::runtime::{LinuxDevice, LinuxNamespace, LinuxNamespaceType, Process, Spec};
 use slog::{Logger, info, warn};
 
+use crate::container::Role;
 use crate::{Error, Result};
 
 /// The longest `config.json`, in bytes. It has to fit into one ttrpc message (4 MiB) with room to spare.
@@ -14,6 +16,9 @@ const MAX_LEN: u64 = 3 * 1024 * 1024;
 
 /// The annotation by which CRI says to which pod a container belongs.
 pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+
+/// The annotation by which CRI tells the pod itself, `sandbox`, from its containers.
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 
 /// Character devices that exist in every guest.
 const GUEST_DEVICES: [&str; 7] =
@@ -32,6 +37,17 @@ pub struct Bind {
     pub read_only: bool,
 }
 
+/// The result of [`for_pod`].
+#[derive(Debug)]
+pub struct PodSpec {
+    /// The guest's host name.
+    pub hostname: Option<String>,
+    /// Where the pod belongs in the host's cgroup hierarchy, as the spec says it.
+    pub cgroups_path: Option<PathBuf>,
+    /// Kernel parameters. Those of a container that is more than the pod are set in its own namespaces.
+    pub sysctls: HashMap<String, String>,
+}
+
 /// The result of [`for_guest`].
 #[derive(Debug)]
 pub struct GuestSpec {
@@ -41,8 +57,6 @@ pub struct GuestSpec {
     pub root: PathBuf,
     /// What is to be bound under the share, at the index that the rewritten spec names.
     pub binds: Vec<Bind>,
-    /// Where the pod belongs in the host's cgroup hierarchy, as the spec says it.
-    pub cgroups_path: Option<PathBuf>,
 }
 
 /// Reads the bundle's `config.json`.
@@ -68,8 +82,29 @@ pub fn load(bundle: &Path) -> Result<Spec> {
 /// As [`load`].
 pub fn sandbox_id(bundle: &Path, id: &str) -> Result<String> {
     let spec = load(bundle)?;
-    let annotated = spec.annotations().as_ref().and_then(|annotations| annotations.get(SANDBOX_ID));
-    Ok(annotated.map_or(id, String::as_str).to_string())
+    Ok(annotation(&spec, SANDBOX_ID).unwrap_or(id).to_string())
+}
+
+/// What the container is to its pod.
+pub fn role(spec: &Spec) -> Role {
+    if annotation(spec, CONTAINER_TYPE) == Some("sandbox") { Role::Pod } else { Role::Workload }
+}
+
+fn annotation<'a>(spec: &'a Spec, key: &str) -> Option<&'a str> {
+    spec.annotations().as_ref()?.get(key).map(String::as_str)
+}
+
+/// What the pod is to be, from the spec of its first container.
+pub fn for_pod(spec: &Spec) -> PodSpec {
+    let linux = spec.linux().as_ref();
+    PodSpec {
+        hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
+        cgroups_path: linux.and_then(|linux| linux.cgroups_path().clone()),
+        sysctls: linux
+            .filter(|_| role(spec) == Role::Pod)
+            .and_then(|linux| linux.sysctl().clone())
+            .unwrap_or_default(),
+    }
 }
 
 /// Rewrites the spec of container `id` in `bundle` for the guest.
@@ -88,12 +123,12 @@ pub fn for_guest(mut spec: Spec, id: &str, bundle: &Path, log: &Logger) -> Resul
     }
     rewrite_process(spec.process_mut().as_mut().ok_or_else(|| missing("process"))?, log);
     let binds = rewrite_mounts(&mut spec, &base);
-    let cgroups_path = rewrite_linux(&mut spec, id, log);
+    rewrite_linux(&mut spec, id, log);
     if spec.hooks().is_some() {
         warn!(log, "the spec's hooks are not run: they are programs of the host");
         spec.set_hooks(None);
     }
-    Ok(GuestSpec { spec, root: host_root, binds, cgroups_path })
+    Ok(GuestSpec { spec, root: host_root, binds })
 }
 
 /// Takes out of a process what refers to the host: its security modules.
@@ -129,27 +164,34 @@ fn rewrite_mounts(spec: &mut Spec, base: &Path) -> Vec<Bind> {
     binds
 }
 
-/// Gives the cgroup path on the host.
-fn rewrite_linux(spec: &mut Spec, id: &str, log: &Logger) -> Option<PathBuf> {
-    let linux = spec.linux_mut().as_mut()?;
-    let namespaces = linux.namespaces().iter().flatten().filter_map(guest_namespace).collect();
+fn rewrite_linux(spec: &mut Spec, id: &str, log: &Logger) {
+    let Some(linux) = spec.linux_mut() else { return };
+    let namespaces: Vec<_> = linux.namespaces().iter().flatten().filter_map(guest_namespace).collect();
+    let own_hostname = namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Uts);
     linux.set_namespaces(Some(namespaces));
-    let host_cgroup = linux.cgroups_path().clone();
     linux.set_cgroups_path(Some(Path::new("/mayu").join(id)));
     linux.set_mount_label(None);
     linux.set_intel_rdt(None);
     if let Some(devices) = linux.devices_mut() {
         devices.retain(|device| is_guest_device(device, log));
     }
-    host_cgroup
+    if !own_hostname {
+        spec.set_hostname(None);
+    }
 }
 
-/// The guest's network is the pod's, so every container shares it. A path names a namespace of the host; in
-/// the guest the container gets a new one of that kind.
+/// The guest's network is the pod's, so every container shares it. A path names the namespace of another process of the
+/// host: with CRI that of the pod, which for IPC and the host name is the guest's own. Of another kind the container gets
+/// a new one.
 fn guest_namespace(namespace: &LinuxNamespace) -> Option<LinuxNamespace> {
+    let shared = match namespace.typ() {
+        LinuxNamespaceType::Network => true,
+        LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts => namespace.path().is_some(),
+        _ => false,
+    };
     let mut namespace = namespace.clone();
     namespace.set_path(None);
-    (namespace.typ() != LinuxNamespaceType::Network).then_some(namespace)
+    (!shared).then_some(namespace)
 }
 
 fn is_guest_device(device: &LinuxDevice, log: &Logger) -> bool {
@@ -198,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn namespaces_are_new_ones_of_the_guest_and_its_network_is_shared() {
+    fn namespaces_are_new_ones_of_the_guest_or_those_of_the_pod() {
         let linux = json!({"namespaces": [
             {"type": "pid", "path": "/proc/1/ns/pid"},
             {"type": "ipc"},
@@ -207,10 +249,13 @@ mod tests {
             {"type": "cgroup"},
             {"type": "network", "path": "/var/run/netns/cni-1"},
         ]});
-        let guest = rewrite(minimal(&linux, &json!([]))).unwrap();
+        let mut spec = minimal(&linux, &json!([]));
+        spec["hostname"] = json!("of-the-pod");
+        let guest = rewrite(spec).unwrap();
+        assert_eq!(guest.spec.hostname(), &None);
         let namespaces = guest.spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
         let types: Vec<_> = namespaces.iter().map(|namespace| namespace.typ().to_string()).collect();
-        assert_eq!(types, ["pid", "ipc", "uts", "mnt", "cgroup"]);
+        assert_eq!(types, ["pid", "ipc", "mnt", "cgroup"]);
         assert!(namespaces.iter().all(|namespace| namespace.path().is_none()));
     }
 
@@ -259,7 +304,6 @@ mod tests {
         spec["process"]["selinuxLabel"] = json!("svirt");
         let guest = rewrite(spec).unwrap();
         let linux = guest.spec.linux().as_ref().unwrap();
-        assert_eq!(guest.cgroups_path.as_deref(), Some(Path::new("/default/c1")));
         assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/mayu/c1")));
         assert_eq!(linux.mount_label(), &None);
         assert_eq!(linux.devices().as_ref().unwrap().len(), 1);
@@ -298,5 +342,23 @@ mod tests {
         spec["annotations"] = json!({SANDBOX_ID: "pod"});
         fs::write(bundle.path().join("config.json"), spec.to_string()).unwrap();
         assert_eq!(sandbox_id(bundle.path(), "c1").unwrap(), "pod");
+    }
+
+    #[test]
+    fn the_pod_itself_is_told_from_its_containers() {
+        for (annotations, expected) in [
+            (json!({}), Role::Workload),
+            (json!({CONTAINER_TYPE: "container"}), Role::Workload),
+            (json!({CONTAINER_TYPE: "sandbox"}), Role::Pod),
+        ] {
+            let mut spec = minimal(&json!({"cgroupsPath": "/pods/p"}), &json!([]));
+            spec["annotations"] = annotations;
+            spec["hostname"] = json!("web-0");
+            let spec = serde_json::from_value(spec).unwrap();
+            assert_eq!(role(&spec), expected);
+            let pod = for_pod(&spec);
+            assert_eq!(pod.cgroups_path.as_deref(), Some(Path::new("/pods/p")));
+            assert_eq!(pod.hostname.as_deref(), Some("web-0"));
+        }
     }
 }

@@ -14,11 +14,13 @@ use containerd_shim_protos::api::{
 };
 use containerd_shim_protos::events::task::{TaskExecStarted, TaskPaused, TaskResumed, TaskStart};
 use containerd_shim_protos::shim_async::{Task, TaskClient, create_task};
+use nix::libc;
 use slog::{debug, info};
 use ttrpc::r#async::{Service, TtrpcContext};
 use ttrpc::context::Context;
 
-use crate::exits::publish_exit;
+use crate::container::Role;
+use crate::exits::{self, publish_exit};
 use crate::pod::Pod;
 use crate::process::{Process, State, Step};
 use crate::sandbox::Sandbox;
@@ -26,6 +28,9 @@ use crate::{Error, Result};
 
 /// The service's name in containerd 1.x; 2.x has it as `containerd.task.v3.Task` with the same messages.
 const V2: &str = "containerd.task.v2.Task";
+
+/// The signals that end the pod itself; Kubernetes' pause program heeds the same ones.
+const DEADLY: [i32; 3] = [libc::SIGKILL, libc::SIGTERM, libc::SIGINT];
 
 /// The Task service under both its names.
 pub fn services(pod: &Arc<Pod>) -> HashMap<String, Service> {
@@ -108,7 +113,7 @@ impl Task for TaskService {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let container = self.pod.container(&request.id)?;
-        if container.init.state() == State::Stopped {
+        if container.role == Role::Pod || container.init.state() == State::Stopped {
             // After a restart containerd takes a shim without processes for a leftover, and its exit code with it.
             let machine = ProcessInfo { pid: self.pod.pid(), ..Default::default() };
             return Ok(PidsResponse { processes: vec![machine], ..Default::default() });
@@ -118,13 +123,15 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        self.pod.container(&request.id)?;
+        self.pod.container(&request.id)?.require_process("read statistics of")?;
         let stats = async |task: TaskClient| task.stats(Context::default(), &request).await;
         Ok(self.pod.running_sandbox()?.agent.task("read statistics", stats).await?)
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        let state = self.pod.container(&request.id)?.init.state();
+        let container = self.pod.container(&request.id)?;
+        container.require_process("update")?;
+        let state = container.init.state();
         if matches!(state, State::Stopped | State::Deleting) {
             return Err(
                 Error::WrongState { operation: "update the container of", state: state.name() }.into()
@@ -139,7 +146,9 @@ impl Task for TaskService {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        let process = self.pod.container(&request.id)?.process(&request.exec_id)?;
+        let container = self.pod.container(&request.id)?;
+        container.require_process("resize the terminal of")?;
+        let process = container.process(&request.exec_id)?;
         let state = process.state();
         if matches!(state, State::Stopped | State::Deleting) {
             return Err(Error::WrongState { operation: "resize the terminal of", state: state.name() }.into());
@@ -183,7 +192,9 @@ async fn start(pod: Arc<Pod>, request: StartRequest) -> Result<StartResponse> {
         return Err(Error::WrongState { operation: "start an exec in the container of", state: init.name() });
     }
     process.step(Step::Start, "start")?;
-    if let Err(error) = start_in_guest(&pod, &sandbox, &process, &request).await {
+    if container.role == Role::Workload
+        && let Err(error) = start_in_guest(&pod, &sandbox, &process, &request).await
+    {
         // An exec that never began has no end that containerd hears of; an init process has, as with runc.
         if process.finish_unstarted() && request.exec_id.is_empty() {
             publish_exit(&pod, &sandbox, &process, process.wait().await);
@@ -244,7 +255,8 @@ fn shown_state(process: &Process, init: &Process) -> State {
 }
 
 async fn kill(pod: Arc<Pod>, request: KillRequest) -> Result<Empty> {
-    let process = pod.container(&request.id)?.process(&request.exec_id)?;
+    let container = pod.container(&request.id)?;
+    let process = container.process(&request.exec_id)?;
     match process.state() {
         State::Stopped | State::Deleting => return Err(Error::Finished),
         state @ (State::Creating | State::Created) if !request.exec_id.is_empty() => {
@@ -252,12 +264,27 @@ async fn kill(pod: Arc<Pod>, request: KillRequest) -> Result<Empty> {
         }
         _ => {}
     }
+    if container.role == Role::Pod {
+        kill_pod(&pod, &process, request.signal).await?;
+        return Ok(Empty::new());
+    }
     let kill = async |task: TaskClient| task.kill(Context::default(), &request).await;
     pod.running_sandbox()?.agent.task("send a signal", kill).await
 }
 
+/// Ends what stands for the pod. The VM goes with its last container.
+async fn kill_pod(pod: &Arc<Pod>, process: &Process, signal: u32) -> Result<()> {
+    let sandbox = pod.sandbox()?;
+    process.settled().await;
+    if i32::try_from(signal).is_ok_and(|signal| DEADLY.contains(&signal)) {
+        exits::publish(pod, &sandbox, process, 128 + signal);
+    }
+    Ok(())
+}
+
 async fn pause(pod: Arc<Pod>, request: PauseRequest) -> Result<Empty> {
     let container = pod.container(&request.id)?;
+    container.require_process("pause")?;
     let sandbox = pod.running_sandbox()?;
     container.init.step(Step::Pause, "pause")?;
     let pause = async |task: TaskClient| task.pause(Context::default(), &request).await;

@@ -7,6 +7,7 @@ use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest};
 use containerd_shim_protos::events::task::{TaskCreate, TaskExecAdded, TaskIO};
 use containerd_shim_protos::shim_async::TaskClient;
 use mayu_agent_api::{PROCESS_TYPE_URL, SPEC_TYPE_URL};
+use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use serde::Serialize;
@@ -14,7 +15,7 @@ use slog::{Logger, info, o};
 use ttrpc::context::Context;
 
 use super::{Pod, Vm};
-use crate::container::Container;
+use crate::container::{Container, Role};
 use crate::process::{Process, State, Step};
 use crate::sandbox::Sandbox;
 use crate::spec::{self, GuestSpec};
@@ -34,9 +35,11 @@ impl Pod {
         }
         let endpoints = Endpoints::from(&request);
         endpoints.present()?;
-        let container = Arc::new(Container::new(&request.id, Path::new(&request.bundle), endpoints));
+        let bundle = Path::new(&request.bundle);
+        let spec = spec::load(bundle)?;
+        let container = Arc::new(Container::new(&request.id, spec::role(&spec), bundle, endpoints));
         self.reserve(&container)?;
-        let created = self.build(&container, request).await;
+        let created = self.build(&container, spec, request).await;
         if created.is_err() {
             self.abandon(&container).await;
         }
@@ -52,21 +55,44 @@ impl Pod {
         Ok(())
     }
 
-    async fn build(self: &Arc<Self>, container: &Arc<Container>, request: CreateTaskRequest) -> Result<u32> {
+    async fn build(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        spec: Spec,
+        request: CreateTaskRequest,
+    ) -> Result<u32> {
         let log = self.log.new(o!("container" => container.id.clone()));
-        let spec = spec::load(&container.bundle)?;
-        let hostname = spec.hostname().clone().filter(|name| !name.is_empty());
-        let GuestSpec { spec, root, binds, cgroups_path } =
-            spec::for_guest(spec, &container.id, &container.bundle, &log)?;
-        let storage =
-            Storage { container_id: container.id.clone(), rootfs: request.rootfs.clone(), root, binds };
-        let hostname = hostname.unwrap_or_else(|| self.id.clone());
-        let sandbox = self.sandbox_with(storage, hostname, cgroups_path).await?;
-        let options = any(SPEC_TYPE_URL, &spec)?;
-        self.attach_process(&sandbox, &container.init, |names| {
+        let pod = spec::for_pod(&spec);
+        let sandbox = match container.role {
+            Role::Pod => self.sandbox_with(None, pod).await?,
+            Role::Workload => {
+                let GuestSpec { spec, root, binds } =
+                    spec::for_guest(spec, &container.id, &container.bundle, &log)?;
+                let rootfs = request.rootfs.clone();
+                let storage = Storage { container_id: container.id.clone(), rootfs, root, binds };
+                let sandbox = self.sandbox_with(Some(storage), pod).await?;
+                self.create_in_guest(&sandbox, container, &spec, request.terminal).await?;
+                sandbox
+            }
+        };
+        self.events.publish(created_event(request, sandbox.pid()));
+        container.init.step(Step::Created, "create")?;
+        info!(log, "container created");
+        Ok(sandbox.pid())
+    }
+
+    async fn create_in_guest(
+        &self,
+        sandbox: &Sandbox,
+        container: &Container,
+        spec: &Spec,
+        terminal: bool,
+    ) -> Result<()> {
+        let options = any(SPEC_TYPE_URL, spec)?;
+        self.attach_process(sandbox, &container.init, |names| {
             let request = CreateTaskRequest {
                 id: container.id.clone(),
-                terminal: request.terminal,
+                terminal,
                 stdin: names.stdin,
                 stdout: names.stdout,
                 stderr: names.stderr,
@@ -79,11 +105,7 @@ impl Pod {
                 agent.task("create a container", create).await.map(drop)
             }
         })
-        .await?;
-        self.events.publish(created_event(request, sandbox.pid()));
-        container.init.step(Step::Created, "create")?;
-        info!(log, "container created");
-        Ok(sandbox.pid())
+        .await
     }
 
     /// Takes away what a failed Create has made.
@@ -116,6 +138,7 @@ impl Pod {
     /// What failed; then nothing is left of it.
     pub async fn exec(&self, request: ExecProcessRequest) -> Result<()> {
         let container = self.container(&request.id)?;
+        container.require_process("exec in")?;
         let sandbox = self.running_sandbox()?;
         let state = container.init.state();
         if !matches!(state, State::Created | State::Running) {

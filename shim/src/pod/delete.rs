@@ -7,7 +7,7 @@ use ttrpc::context::Context;
 
 use super::Pod;
 use crate::Result;
-use crate::container::Container;
+use crate::container::{Container, Role};
 use crate::process::{Process, Step};
 
 impl Pod {
@@ -19,7 +19,9 @@ impl Pod {
         let container = self.container(container_id)?;
         let process = container.process(exec_id)?;
         process.step(Step::Delete, "delete")?;
-        if let Err(error) = self.delete_in_guest(container_id, exec_id).await {
+        if container.role == Role::Workload
+            && let Err(error) = self.delete_in_guest(container_id, exec_id).await
+        {
             process.step(Step::NotDeleted, "delete")?;
             return Err(error);
         }

@@ -69,6 +69,15 @@ impl Host {
 
     /// The request to create a container that does what `arguments` say, with its bundle.
     pub fn container(&self, id: &str, arguments: &[&str]) -> CreateTaskRequest {
+        self.bundle(id, arguments, &json!({}))
+    }
+
+    /// A request for what stands for the pod itself with CRI.
+    pub fn sandbox(&self, id: &str) -> CreateTaskRequest {
+        self.bundle(id, &["/pause"], &json!({"io.kubernetes.cri.container-type": "sandbox"}))
+    }
+
+    fn bundle(&self, id: &str, arguments: &[&str], annotations: &serde_json::Value) -> CreateTaskRequest {
         let bundle = self.path(&format!("bundle-{id}"));
         fs::create_dir(&bundle).unwrap();
         let spec = json!({
@@ -76,6 +85,7 @@ impl Host {
             "root": {"path": self.path("rootfs")},
             "process": {"cwd": "/", "args": arguments, "user": {"uid": 0, "gid": 0}},
             "linux": {},
+            "annotations": annotations,
         });
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         CreateTaskRequest { id: id.into(), bundle: bundle.display().to_string(), ..Default::default() }

@@ -151,6 +151,40 @@ async fn an_exec_copies_its_stdin_until_it_is_closed() {
 }
 
 #[tokio::test]
+async fn a_pod_is_its_vm_and_its_containers_come_and_go() {
+    let Some(mut host) = Host::new("").await else { return };
+    let created = host.task.create(cx(), &host.sandbox("pod")).await.unwrap();
+    assert_eq!(i32::try_from(created.pid).unwrap(), host.vmm());
+    start(&host.task, "pod", "").await.unwrap();
+    let vmm = host.vmm();
+    let signal = |id: &str, signal| KillRequest { id: id.into(), signal, ..Default::default() };
+
+    for round in ["first", "second"] {
+        host.task.create(cx(), &host.container(round, &["sleep"])).await.unwrap();
+        start(&host.task, round, "").await.unwrap();
+        host.task.kill(cx(), &signal(round, 9)).await.unwrap();
+        assert_eq!(wait(&host.task, round, "").await, 137);
+        delete(&host.task, round, "").await.unwrap();
+        host.task.shutdown(cx(), &ShutdownRequest::default()).await.unwrap();
+        assert!(!host.pod.exit.is_cancelled(), "the pod lives on");
+        assert_eq!(host.vmm(), vmm);
+    }
+
+    let (refused, message) = code(host.task.exec(cx(), &exec("pod", "e", &["sh"])).await);
+    assert_eq!(refused, Code::UNIMPLEMENTED);
+    assert!(message.contains("\"pod\"") && message.contains("exec"), "{message}");
+    host.task.kill(cx(), &signal("pod", 1)).await.unwrap();
+    assert_eq!(state(&host.task, "pod").await, Status::RUNNING);
+    host.task.kill(cx(), &signal("pod", 9)).await.unwrap();
+    assert_eq!(wait(&host.task, "pod", "").await, 137);
+    assert_eq!(delete(&host.task, "pod", "").await.unwrap(), 137);
+    shutdown(&host).await;
+    for topic in ["/tasks/create", "/tasks/start", "/tasks/create"] {
+        assert_eq!(host.event().await, topic);
+    }
+}
+
+#[tokio::test]
 async fn every_process_ends_with_137_when_the_vmm_is_killed() {
     let Some(mut host) = Host::new("").await else { return };
     host.task.create(cx(), &host.container("c", &["sleep"])).await.unwrap();
