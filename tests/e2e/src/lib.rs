@@ -1,12 +1,14 @@
 //! What the end-to-end tests drive containerd with: its own `ctr`, as a person would.
 //!
 //! The tests run as root on a host with containerd, mayu and a KVM, which is what the lab is. Nothing here talks to
-//! mayu except through containerd, save [`shim`], which looks at the return codes that `ctr` hides.
+//! mayu except through containerd, save [`shim`], which looks at the return codes that `ctr` hides. [`cri`] is what a
+//! kubelet would be.
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test's way to fail")]
 
 mod command;
 mod container;
+pub mod cri;
 pub mod host;
 pub mod shim;
 pub mod spec;

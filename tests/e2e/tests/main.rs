@@ -11,6 +11,7 @@ mod files;
 mod input;
 mod isolation;
 mod lifecycle;
+mod pods;
 mod process;
 mod programs;
 mod resources;

@@ -1,0 +1,213 @@
+//! Pods as a kubelet makes them: through containerd's CRI service.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
+use k8s_cri::v1::{
+    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus, ContainerStatusRequest,
+    CreateContainerRequest, ExecSyncRequest, ExecSyncResponse, ImageSpec, LinuxPodSandboxConfig,
+    PodSandboxConfig, PodSandboxMetadata, PodSandboxStatusRequest, RemoveContainerRequest,
+    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
+    StopPodSandboxRequest,
+};
+use tokio::runtime::Runtime;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
+
+use crate::{PATIENCE, ctr, run};
+
+/// The runtime handler of mayu in containerd's configuration, as a RuntimeClass names it.
+const HANDLER: &str = "mayu";
+
+/// containerd's namespace of CRI.
+const NAMESPACE: &str = "k8s.io";
+
+/// A connection to containerd's CRI service.
+pub struct Cri {
+    runtime: Runtime,
+    client: RuntimeServiceClient<Channel>,
+}
+
+/// A pod. Dropping it removes it.
+pub struct Pod {
+    cri: Cri,
+    id: String,
+    config: PodSandboxConfig,
+}
+
+impl Cri {
+    /// Connects, and gives CRI the images that it is to have.
+    ///
+    /// # Panics
+    /// containerd does not answer.
+    pub fn connect(images: &[&str]) -> Self {
+        for image in images {
+            provide(image);
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let endpoint = Endpoint::from_static("unix:///run/containerd/containerd.sock").timeout(PATIENCE);
+        let channel = runtime.block_on(endpoint.connect()).expect("containerd serves CRI");
+        Self { runtime, client: RuntimeServiceClient::new(channel) }
+    }
+
+    /// Runs a pod with the handler under test.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn run_pod(mut self, linux: LinuxPodSandboxConfig) -> Result<Pod, Status> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("pod-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let metadata = PodSandboxMetadata {
+            uid: name.clone(),
+            namespace: "test".into(),
+            name: name.clone(),
+            attempt: 0,
+        };
+        let config = PodSandboxConfig {
+            metadata: Some(metadata),
+            hostname: name,
+            log_directory: String::new(),
+            linux: Some(linux),
+            ..Default::default()
+        };
+        let request = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: HANDLER.into() };
+        let answer = self.runtime.block_on(self.client.run_pod_sandbox(Request::new(request)))?;
+        Ok(Pod { cri: self, id: answer.into_inner().pod_sandbox_id, config })
+    }
+}
+
+/// Has an image of the default namespace in CRI's as well.
+fn provide(image: &str) {
+    let there = run(&mut ctr(["-n", NAMESPACE, "images", "ls", "-q"])).success().text();
+    if there.lines().any(|line| line == image) {
+        return;
+    }
+    let archive = tempfile::NamedTempFile::new().expect("a temporary file");
+    let path = archive.path().to_str().expect("a path of text");
+    run(&mut ctr(["images", "export", path, image])).success();
+    run(&mut ctr(["-n", NAMESPACE, "images", "import", path])).success();
+}
+
+impl Pod {
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Its host name.
+    pub fn hostname(&self) -> &str {
+        &self.config.hostname
+    }
+
+    /// Whether CRI says that it is ready.
+    ///
+    /// # Panics
+    /// containerd does not know it.
+    pub fn ready(&mut self) -> bool {
+        let request = PodSandboxStatusRequest { pod_sandbox_id: self.id.clone(), verbose: false };
+        let call = self.cri.client.pod_sandbox_status(request);
+        let answer = self.cri.runtime.block_on(call).expect("the pod is known").into_inner();
+        answer.status.expect("a status").state == 0
+    }
+
+    /// Creates and starts a container of it.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn run(&mut self, name: &str, image: &str, command: &[&str]) -> Result<String, Status> {
+        let config = ContainerConfig {
+            metadata: Some(ContainerMetadata { name: name.into(), attempt: 0 }),
+            image: Some(ImageSpec { image: image.into(), ..Default::default() }),
+            command: command.iter().map(ToString::to_string).collect(),
+            labels: HashMap::from([("name".into(), name.into())]),
+            ..Default::default()
+        };
+        self.run_container(config)
+    }
+
+    /// Creates and starts a container of it, to the last detail.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn run_container(&mut self, config: ContainerConfig) -> Result<String, Status> {
+        let request = CreateContainerRequest {
+            pod_sandbox_id: self.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(self.config.clone()),
+        };
+        let Cri { runtime, client } = &mut self.cri;
+        let id = runtime.block_on(client.create_container(request))?.into_inner().container_id;
+        let request = StartContainerRequest { container_id: id.clone() };
+        runtime.block_on(client.start_container(request))?;
+        Ok(id)
+    }
+
+    /// Runs a shell script in a container: its exit code and its standard output.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn exec(&mut self, container: &str, script: &str) -> Result<(i32, String), Status> {
+        let request = ExecSyncRequest {
+            container_id: container.into(),
+            cmd: ["sh", "-c", script].map(str::to_owned).to_vec(),
+            timeout: 0,
+        };
+        let call = self.cri.client.exec_sync(request);
+        let ExecSyncResponse { stdout, exit_code, .. } = self.cri.runtime.block_on(call)?.into_inner();
+        Ok((exit_code, String::from_utf8_lossy(&stdout).trim_end().to_owned()))
+    }
+
+    /// What CRI knows of a container.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn status(&mut self, container: &str) -> Result<ContainerStatus, Status> {
+        let request = ContainerStatusRequest { container_id: container.into(), verbose: false };
+        let answer = self.cri.runtime.block_on(self.cri.client.container_status(request))?;
+        Ok(answer.into_inner().status.expect("a status"))
+    }
+
+    /// Whether a container runs.
+    pub fn runs(&mut self, container: &str) -> bool {
+        self.status(container).is_ok_and(|status| status.state() == ContainerState::ContainerRunning)
+    }
+
+    /// Stops a container with a grace period of so many seconds, and removes it.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn remove_container(&mut self, container: &str, grace: i64) -> Result<(), Status> {
+        let Cri { runtime, client } = &mut self.cri;
+        let request = StopContainerRequest { container_id: container.into(), timeout: grace };
+        runtime.block_on(client.stop_container(request))?;
+        let request = RemoveContainerRequest { container_id: container.into() };
+        runtime.block_on(client.remove_container(request)).map(drop)
+    }
+
+    /// Stops the pod.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn stop(&mut self) -> Result<(), Status> {
+        let request = StopPodSandboxRequest { pod_sandbox_id: self.id.clone() };
+        self.cri.runtime.block_on(self.cri.client.stop_pod_sandbox(request)).map(drop)
+    }
+
+    /// Removes the pod, which stops it first where it still runs.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn remove(&mut self) -> Result<(), Status> {
+        self.stop()?;
+        let request = RemovePodSandboxRequest { pod_sandbox_id: self.id.clone() };
+        self.cri.runtime.block_on(self.cri.client.remove_pod_sandbox(request)).map(drop)
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        // Most are gone already; removing one that is not there succeeds.
+        drop(self.remove());
+    }
+}
