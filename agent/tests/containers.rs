@@ -1,7 +1,7 @@
 //! Real containers, run by the agent on this machine instead of in a virtual machine: the agent's services
 //! listen on Unix sockets, and this process stands in for PID 1.
 //!
-//! Needs root, cgroup v2 and a static busybox; elsewhere it says loudly what is missing and passes. All runs in
+//! Needs root, cgroup v2 and a static busybox, which the lab has; elsewhere it says loudly what is missing and passes. All runs in
 //! one test, because a process can have only one reaper. `MAYU_AGENT` names another agent binary to launch with, `ONLY` a
 //! part of the names of the scenarios to run, `REPEAT` how many execs to try in a row.
 
