@@ -102,7 +102,7 @@ impl Container {
         let started = Instant::now();
         loop {
             let outcome = run_with_input(&mut self.exec_command(&[], command), input.to_vec());
-            let begun = !outcome.stderr.contains("error reading server preface");
+            let begun = !outcome.stderr.contains("ctr: connection error");
             if begun || started.elapsed() > PATIENCE {
                 return outcome;
             }
