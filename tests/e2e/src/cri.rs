@@ -1,15 +1,14 @@
 //! Pods as a kubelet makes them: through containerd's CRI service.
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
-    ContainerConfig, ContainerMetadata, ContainerState, ContainerStatus, ContainerStatusRequest,
-    CreateContainerRequest, ExecSyncRequest, ExecSyncResponse, ImageSpec, LinuxPodSandboxConfig,
-    PodSandboxConfig, PodSandboxMetadata, PodSandboxStatusRequest, RemoveContainerRequest,
-    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
-    StopPodSandboxRequest,
+    ContainerConfig, ContainerMetadata, ContainerState, ContainerStats, ContainerStatsRequest,
+    ContainerStatus, ContainerStatusRequest, CreateContainerRequest, ExecSyncRequest, ExecSyncResponse,
+    ImageSpec, LinuxContainerResources, LinuxPodSandboxConfig, PodSandboxConfig, PodSandboxMetadata,
+    PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
+    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest, UpdateContainerResourcesRequest,
 };
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
@@ -77,6 +76,16 @@ impl Cri {
     }
 }
 
+/// A container that is to be created.
+pub fn container(name: &str, image: &str, command: &[&str]) -> ContainerConfig {
+    ContainerConfig {
+        metadata: Some(ContainerMetadata { name: name.into(), attempt: 0 }),
+        image: Some(ImageSpec { image: image.into(), ..Default::default() }),
+        command: command.iter().map(ToString::to_string).collect(),
+        ..Default::default()
+    }
+}
+
 /// Has an image of the default namespace in CRI's as well.
 fn provide(image: &str) {
     let there = run(&mut ctr(["-n", NAMESPACE, "images", "ls", "-q"])).success().text();
@@ -116,14 +125,7 @@ impl Pod {
     /// # Errors
     /// containerd's answer.
     pub fn run(&mut self, name: &str, image: &str, command: &[&str]) -> Result<String, Status> {
-        let config = ContainerConfig {
-            metadata: Some(ContainerMetadata { name: name.into(), attempt: 0 }),
-            image: Some(ImageSpec { image: image.into(), ..Default::default() }),
-            command: command.iter().map(ToString::to_string).collect(),
-            labels: HashMap::from([("name".into(), name.into())]),
-            ..Default::default()
-        };
-        self.run_container(config)
+        self.run_container(container(name, image, command))
     }
 
     /// Creates and starts a container of it, to the last detail.
@@ -148,10 +150,18 @@ impl Pod {
     /// # Errors
     /// containerd's answer.
     pub fn exec(&mut self, container: &str, script: &str) -> Result<(i32, String), Status> {
+        self.exec_for(container, script, 0)
+    }
+
+    /// Runs a shell script in a container for at most so many seconds; 0 is no limit.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn exec_for(&mut self, container: &str, script: &str, seconds: i64) -> Result<(i32, String), Status> {
         let request = ExecSyncRequest {
             container_id: container.into(),
             cmd: ["sh", "-c", script].map(str::to_owned).to_vec(),
-            timeout: 0,
+            timeout: seconds,
         };
         let call = self.cri.client.exec_sync(request);
         let ExecSyncResponse { stdout, exit_code, .. } = self.cri.runtime.block_on(call)?.into_inner();
@@ -166,6 +176,30 @@ impl Pod {
         let request = ContainerStatusRequest { container_id: container.into(), verbose: false };
         let answer = self.cri.runtime.block_on(self.cri.client.container_status(request))?;
         Ok(answer.into_inner().status.expect("a status"))
+    }
+
+    /// Changes a container's limits.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn update(&mut self, container: &str, limits: LinuxContainerResources) -> Result<(), Status> {
+        let request = UpdateContainerResourcesRequest {
+            container_id: container.into(),
+            linux: Some(limits),
+            ..Default::default()
+        };
+        let call = self.cri.client.update_container_resources(request);
+        self.cri.runtime.block_on(call).map(drop)
+    }
+
+    /// What a container uses.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn stats(&mut self, container: &str) -> Result<ContainerStats, Status> {
+        let request = ContainerStatsRequest { container_id: container.into() };
+        let answer = self.cri.runtime.block_on(self.cri.client.container_stats(request))?;
+        Ok(answer.into_inner().stats.expect("statistics"))
     }
 
     /// Whether a container runs.

@@ -1,10 +1,15 @@
 //! Pods of Kubernetes: one VM, several containers.
 
 use std::collections::HashMap;
+use std::fs;
+use std::os::unix::fs::symlink;
 
-use k8s_cri::v1::{ContainerState, LinuxPodSandboxConfig};
+use k8s_cri::v1::{
+    ContainerConfig, ContainerState, LinuxContainerConfig, LinuxContainerResources, LinuxPodSandboxConfig,
+    Mount,
+};
 use mayu_e2e::BUSYBOX;
-use mayu_e2e::cri::{Cri, Pod};
+use mayu_e2e::cri::{Cri, Pod, container};
 use mayu_e2e::host::{Traces, processes_named};
 use mayu_e2e::shim::eventually;
 
@@ -84,6 +89,79 @@ fn a_pod_has_the_kernel_parameters_that_it_asks_for() {
     let one = idle(&mut pod, "one");
     let read = "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/kernel/shm_rmid_forced";
     assert_eq!(script(&mut pod, &one, read), "77\n1");
+}
+
+#[test]
+fn a_volume_is_shared_and_what_changes_on_the_host_is_seen() {
+    let volume = tempfile::tempdir().unwrap();
+    let write = |version: &str| {
+        // As the kubelet updates a ConfigMap: a new directory, and a link that is replaced in one step.
+        let data = volume.path().join(version);
+        fs::create_dir(&data).unwrap();
+        fs::write(data.join("key"), version).unwrap();
+        symlink(version, volume.path().join("..next")).unwrap();
+        fs::rename(volume.path().join("..next"), volume.path().join("..data")).unwrap();
+    };
+    write("one");
+    symlink("..data/key", volume.path().join("key")).unwrap();
+    let mount = |readonly| Mount {
+        container_path: "/volume".into(),
+        host_path: volume.path().display().to_string(),
+        readonly,
+        ..Default::default()
+    };
+    let mut pod = pod();
+    let with = |name, readonly| ContainerConfig {
+        mounts: vec![mount(readonly)],
+        ..container(name, BUSYBOX, &["sleep", "infinity"])
+    };
+    let writer = pod.run_container(with("writer", false)).unwrap();
+    let reader = pod.run_container(with("reader", true)).unwrap();
+
+    assert_eq!(script(&mut pod, &reader, "cat /volume/key"), "one");
+    script(&mut pod, &writer, "echo from inside > /volume/file");
+    assert_eq!(script(&mut pod, &reader, "cat /volume/file"), "from inside");
+    assert_eq!(fs::read_to_string(volume.path().join("file")).unwrap(), "from inside\n");
+    assert_ne!(pod.exec(&reader, "echo no > /volume/file").unwrap().0, 0);
+    write("two");
+    eventually("the new version is seen", || script(&mut pod, &reader, "cat /volume/key") == "two");
+    pod.remove().unwrap();
+    assert!(volume.path().join("file").exists());
+}
+
+#[test]
+fn limits_hold_change_and_are_told_when_they_kill() {
+    let memory =
+        |memory_limit_in_bytes| LinuxContainerResources { memory_limit_in_bytes, ..Default::default() };
+    let limited = |name, command: &[&str], bytes| ContainerConfig {
+        linux: Some(LinuxContainerConfig { resources: Some(memory(bytes)), ..Default::default() }),
+        ..container(name, BUSYBOX, command)
+    };
+    let mut pod = pod();
+    let one = pod.run_container(limited("one", &["sleep", "infinity"], 32 << 20)).unwrap();
+    let greedy = limited("greedy", &["sh", "-c", "tail /dev/zero"], 16 << 20);
+    let greedy = pod.run_container(greedy).unwrap();
+
+    eventually("the greedy one is killed", || !pod.runs(&greedy));
+    let status = pod.status(&greedy).unwrap();
+    assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"));
+    let max = "cat /sys/fs/cgroup/memory.max";
+    assert_eq!(script(&mut pod, &one, max), (32 << 20).to_string());
+    pod.update(&one, memory(48 << 20)).unwrap();
+    assert_eq!(script(&mut pod, &one, max), (48 << 20).to_string());
+    let used = pod.stats(&one).unwrap().memory.unwrap().working_set_bytes.unwrap().value;
+    assert!((1..48 << 20).contains(&used), "{used} bytes");
+}
+
+#[test]
+fn a_probe_that_takes_too_long_is_ended() {
+    let mut pod = pod();
+    let one = idle(&mut pod, "one");
+    let error = pod.exec_for(&one, "sleep 1000", 1).unwrap_err();
+    assert_eq!(error.code(), tonic::Code::DeadlineExceeded, "{error}");
+    eventually("nothing of it is left", || {
+        script(&mut pod, &one, "ps | grep -c '[s]leep 1000' || true") == "0"
+    });
 }
 
 #[test]
