@@ -22,6 +22,7 @@ mod stats;
 mod stdio;
 mod streams;
 mod sys;
+mod sysctl;
 mod task;
 
 pub use error::{Error, Result};

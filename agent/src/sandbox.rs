@@ -2,7 +2,6 @@
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
-use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,8 +23,8 @@ use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use crate::error::{Error, Result};
 use crate::events::Events;
-use crate::sys;
 use crate::task::Containers;
+use crate::{sys, sysctl};
 
 /// The least entropy a host may give: what the kernel's generator needs to be seeded.
 const MIN_ENTROPY: usize = 32;
@@ -126,27 +125,9 @@ fn configure(request: &ConfigureRequest) -> Result<()> {
         sethostname(&request.hostname).map_err(Error::system("set the host name"))?;
     }
     for (name, value) in &request.sysctls {
-        let path = sysctl_path(name)?;
-        fs::write(&path, value).map_err(Error::file("set the kernel parameter", path))?;
+        sysctl::set(name, value)?;
     }
     Ok(())
-}
-
-/// The first separator tells whether dots or slashes part the name; the other is then part of an interface's name, as
-/// sysctl(8) has it.
-fn sysctl_path(name: &str) -> Result<PathBuf> {
-    let swap = |character| match character {
-        '.' => '/',
-        '/' => '.',
-        other => other,
-    };
-    let slashes = name.find(['.', '/']).is_some_and(|first| name[first..].starts_with('/'));
-    let relative: String = if slashes { name.into() } else { name.chars().map(swap).collect() };
-    let path = Path::new(&relative);
-    if relative.is_empty() || !path.components().all(|part| matches!(part, Component::Normal(_))) {
-        return Err(Error::InvalidRequest(format!("{name:?} is no name of a kernel parameter")));
-    }
-    Ok(Path::new("/proc/sys").join(path))
 }
 
 fn health(containers: u32) -> Result<HealthResponse> {
@@ -177,24 +158,4 @@ fn health(containers: u32) -> Result<HealthResponse> {
         containers,
         ..HealthResponse::default()
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn kernel_parameters_are_files_below_proc_sys() {
-        for (name, expected) in [
-            ("net.ipv4.ip_unprivileged_port_start", "net/ipv4/ip_unprivileged_port_start"),
-            ("net/ipv4/conf/eth0.7/forwarding", "net/ipv4/conf/eth0.7/forwarding"),
-            ("net.ipv4.conf.eth0/7.forwarding", "net/ipv4/conf/eth0.7/forwarding"),
-            ("kernel", "kernel"),
-        ] {
-            assert_eq!(sysctl_path(name).unwrap(), Path::new("/proc/sys").join(expected), "{name}");
-        }
-        for name in ["", "/etc/passwd", "net/../../etc/passwd", "..", ".kernel.sem"] {
-            assert!(matches!(sysctl_path(name), Err(Error::InvalidRequest(_))), "{name}");
-        }
-    }
 }

@@ -25,6 +25,7 @@ use crate::reaper::Exit;
 use crate::spec::ProcessPlan;
 use crate::state::Action;
 use crate::stdio::Ends;
+use crate::sysctl;
 
 /// The container's seccomp filter in its bundle.
 const SECCOMP_FILE: &str = "seccomp.json";
@@ -72,7 +73,7 @@ impl Container {
         self.cgroup.create(devices.unwrap_or_default())?;
         self.without_swap(spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut()));
         for (key, value) in &self.plan.network_sysctls {
-            set_sysctl(key, value)?;
+            sysctl::set(key, value)?;
         }
         let bundle = self.runtime.bundle(&self.id);
         fs::create_dir_all(&bundle).map_err(Error::file("create", &bundle))?;
@@ -237,15 +238,6 @@ fn pipes(process: &Process, user: (u32, u32)) -> Result<(Ends, Vec<OwnedFd>)> {
     }
     let (ends, child) = process.stdio().pipes(user)?;
     Ok((ends, child.into()))
-}
-
-/// Writes a sysctl, in its form with dots or with slashes, sysctl(8).
-fn set_sysctl(key: &str, value: &str) -> Result<()> {
-    if key.split(['.', '/']).any(str::is_empty) {
-        return Err(Error::InvalidSpec(format!("sysctl {key:?}")));
-    }
-    let path = PathBuf::from("/proc/sys").join(key.replace('.', "/"));
-    fs::write(&path, value).map_err(Error::file("set sysctl", path))
 }
 
 fn write_json(path: PathBuf, value: &impl serde::Serialize) -> Result<()> {
