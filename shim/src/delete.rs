@@ -142,13 +142,19 @@ mod tests {
         Command::new("sleep").arg("1000").stdin(Stdio::null()).spawn().unwrap()
     }
 
-    #[test]
-    fn the_recorded_vmm_is_killed() {
-        let (_root, dir) = dir();
-        let mut child = sleeper();
+    /// A process that the directory names as the VMM.
+    fn recorded_vmm(dir: &StateDir) -> std::process::Child {
+        let child = sleeper();
         let pid = child.id() as i32;
         let record = Record { pid, start_time: start_time(pid).unwrap(), ..Default::default() };
         dir.write_record(&record).unwrap();
+        child
+    }
+
+    #[test]
+    fn the_recorded_vmm_is_killed() {
+        let (_root, dir) = dir();
+        let mut child = recorded_vmm(&dir);
         kill_vmm(&dir).unwrap();
         assert!(!child.wait().unwrap().success());
     }
@@ -156,10 +162,7 @@ mod tests {
     #[test]
     fn a_pod_that_is_served_outlives_its_containers() {
         let (root, dir) = dir();
-        let mut child = sleeper();
-        let pid = child.id() as i32;
-        let record = Record { pid, start_time: start_time(pid).unwrap(), ..Default::default() };
-        dir.write_record(&record).unwrap();
+        let mut child = recorded_vmm(&dir);
         let socket = root.path().join("socket");
         let shim = UnixListener::bind(&socket).unwrap();
 
