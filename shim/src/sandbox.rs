@@ -211,6 +211,7 @@ fn machine(config: &Config, id: &str) -> VmConfig {
         sandbox_id: id.into(),
         vcpus: config.vm.vcpus,
         memory_mib: config.vm.memory_mib,
+        net_slots: 1,
         guest_cid: GUEST_CID,
         kernel_args: config.vm.kernel_args.clone(),
         host_ports: vec![READY_PORT],

@@ -188,6 +188,8 @@ impl Control {
                 only(request.name(), fds).and_then(|file| machine.attach_block(slot, file.into(), read_only))
             }
             Request::DetachBlock { slot } => machine.detach_block(slot),
+            // Until there is a network device.
+            Request::AttachNet { slot } => Err(Error::NoSuchSlot { slot, slots: 0 }),
             Request::Status => {
                 let body = Reply::Status(machine.status());
                 self.waiting.push_back((Message::Reply { id, body }, vec![]));
@@ -364,6 +366,7 @@ mod tests {
             sandbox_id: "test".into(),
             vcpus: 1,
             memory_mib: 64,
+            net_slots: 1,
             guest_cid: 3,
             kernel_args: String::new(),
             host_ports: vec![],

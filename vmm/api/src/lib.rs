@@ -25,6 +25,6 @@ pub use client::{EventStream, VmmClient};
 pub use error::{Error, Result};
 pub use frame::{MAX_FDS, MAX_FRAME, receive, send};
 pub use message::{
-    BLOCK_SLOTS, CONTROL_FD, Event, ExitReason, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB, Message, Reply,
-    Request, Status, VmConfig,
+    BLOCK_SLOTS, CONTROL_FD, Event, ExitReason, MAX_MEMORY_MIB, MAX_NET_SLOTS, MAX_VCPUS, MIN_MEMORY_MIB,
+    Message, Reply, Request, Status, VmConfig, net_slot_address,
 };

@@ -15,6 +15,15 @@ pub const MAX_MEMORY_MIB: u32 = 64 * 1024;
 /// Block slots that every machine has beside the guest image. They start empty.
 pub const BLOCK_SLOTS: u8 = 4;
 
+/// The most network slots that a machine may have. Every machine has at least one; they start empty.
+pub const MAX_NET_SLOTS: u8 = 8;
+
+/// The hardware address under which the guest finds network slot `slot` before it gives the interface its real one:
+/// locally administered, and the same in every machine.
+pub fn net_slot_address(slot: u8) -> [u8; 6] {
+    [0x02, b'm', b'a', b'y', b'u', slot]
+}
+
 /// The description of one machine.
 ///
 /// `Request::Build` carries it with five descriptors, in this order: `/dev/kvm`, the guest kernel, the guest
@@ -28,6 +37,8 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Guest memory in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
     pub memory_mib: u32,
+    /// Network slots, 1 to [`MAX_NET_SLOTS`].
+    pub net_slots: u8,
     /// The guest's vsock context id, 3 or more.
     pub guest_cid: u32,
     /// Words added to the end of the kernel command line.
@@ -66,6 +77,12 @@ pub enum Request {
         /// 0 to [`BLOCK_SLOTS`] - 1.
         slot: u8,
     },
+    /// Put the attached TAP device behind an empty network slot. It was opened with `IFF_TAP`, `IFF_NO_PI` and
+    /// `IFF_VNET_HDR`.
+    AttachNet {
+        /// 0 to [`VmConfig::net_slots`] - 1.
+        slot: u8,
+    },
     /// Ask for counters and the state of the machine.
     Status,
     /// Stop the vCPUs and end the process.
@@ -82,6 +99,7 @@ impl Request {
             Self::VsockConnect { .. } => "connect to a vsock port of the guest",
             Self::AttachBlock { .. } => "attach a block device",
             Self::DetachBlock { .. } => "detach a block device",
+            Self::AttachNet { .. } => "attach a network device",
             Self::Status => "report status",
             Self::Shutdown => "shut down",
         }

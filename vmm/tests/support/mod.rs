@@ -60,6 +60,7 @@ pub fn config() -> VmConfig {
         sandbox_id: "test".into(),
         vcpus: 1,
         memory_mib: 64,
+        net_slots: 1,
         guest_cid: 3,
         kernel_args: String::new(),
         host_ports: vec![1024],
