@@ -6,7 +6,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::shim_async::TaskClient;
 use mayu_agent_api::Hello;
-use mayu_agent_api::sandbox::{ConfigureRequest, Event, EventsRequest, ShutdownRequest};
+use mayu_agent_api::sandbox::{
+    ConfigureRequest, CreateVolumeRequest, Event, EventsRequest, HealthRequest, HealthResponse,
+    ShutdownRequest,
+};
 use mayu_agent_api::sandbox_ttrpc::SandboxClient;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::net::UnixStream;
@@ -16,6 +19,7 @@ use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
 use crate::error::system;
+use crate::spec::Volume;
 use crate::{Error, Result};
 
 /// The longest [`Hello`] line, in bytes.
@@ -113,6 +117,17 @@ impl Agent {
         answer("configure the guest", self.deadline, call).await.map(drop)
     }
 
+    /// Makes a file system in the guest's memory.
+    ///
+    /// # Errors
+    /// As [`Agent::task`].
+    pub async fn create_volume(&self, volume: &Volume) -> Result<()> {
+        let Volume { name, size, mode, uid, gid } = volume.clone();
+        let request = CreateVolumeRequest { name, size_bytes: size, mode, uid, gid, ..Default::default() };
+        let call = self.sandbox.create_volume(Context::default(), &request);
+        answer("create a volume in the guest", self.deadline, call).await.map(drop)
+    }
+
     /// Subscribes to the agent's events.
     ///
     /// # Errors
@@ -120,6 +135,15 @@ impl Agent {
     pub async fn events(&self) -> Result<AgentEvents> {
         let request = EventsRequest::default();
         answer("subscribe to events", self.deadline, self.sandbox.events(Context::default(), &request)).await
+    }
+
+    /// Asks how the guest is doing.
+    ///
+    /// # Errors
+    /// As [`Agent::task`].
+    pub async fn health(&self) -> Result<HealthResponse> {
+        let request = HealthRequest::default();
+        answer("answer", self.deadline, self.sandbox.health(Context::default(), &request)).await
     }
 
     /// Has the guest write everything back.

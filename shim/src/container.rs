@@ -4,6 +4,9 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use mayu_agent_api::{CONTAINER_PID_NAMESPACE, POD_PID_NAMESPACE};
+
+use crate::pod_spec::Limits;
 use crate::process::Process;
 use crate::stdio::Endpoints;
 use crate::{Error, Result, id};
@@ -21,6 +24,29 @@ pub enum Role {
     Workload,
 }
 
+/// Whose processes a container sees.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum PidNamespace {
+    /// Its own.
+    #[default]
+    Own,
+    /// Those of all containers of the pod that share them.
+    Pod,
+    /// Those of the container with this id.
+    Of(String),
+}
+
+impl PidNamespace {
+    /// The path by which the agent knows it; none for a new one.
+    pub fn path(&self) -> Option<PathBuf> {
+        match self {
+            Self::Own => None,
+            Self::Pod => Some(POD_PID_NAMESPACE.into()),
+            Self::Of(id) => Some(format!("{CONTAINER_PID_NAMESPACE}{id}").into()),
+        }
+    }
+}
+
 /// A container of the pod.
 #[derive(Debug)]
 pub struct Container {
@@ -30,6 +56,10 @@ pub struct Container {
     pub role: Role,
     /// containerd's directory for it.
     pub bundle: PathBuf,
+    /// Whose processes it sees.
+    pub pid_namespace: PidNamespace,
+    /// What it may use.
+    limits: Mutex<Limits>,
     /// Its first process.
     pub init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
@@ -42,9 +72,21 @@ impl Container {
             id: id.into(),
             role,
             bundle: bundle.into(),
+            pid_namespace: PidNamespace::Own,
+            limits: Mutex::default(),
             init: Arc::new(Process::new(id, "", endpoints)),
             execs: Mutex::default(),
         }
+    }
+
+    /// What it may use.
+    pub fn limits(&self) -> Limits {
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// It may use something else from now on.
+    pub fn set_limits(&self, limits: Limits) {
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
     }
 
     /// Refuses an operation on processes to a container that has none.

@@ -46,6 +46,20 @@ pub enum Error {
         /// The kernel's reason.
         source: io::Error,
     },
+    /// A pod that wants what a VM cannot share with its host.
+    #[error("{field}: a pod in a VM cannot share the host's {what}; use another runtime class for it")]
+    HostNamespace {
+        /// What it wants.
+        what: &'static str,
+        /// Kubernetes' name of the wish.
+        field: &'static str,
+    },
+    /// A container that is to see the processes of another one, and no telling which.
+    #[error("the target of the PID namespace cannot be told: containerd names it by the VM, and {} have namespaces of their own;              share the pod's PID namespace instead (shareProcessNamespace)", candidates.join(", "))]
+    AmbiguousTarget {
+        /// The containers that it could be.
+        candidates: Vec<String>,
+    },
     /// A request with an argument that cannot be.
     #[error("{0}")]
     InvalidArgument(String),
@@ -133,6 +147,14 @@ pub enum Error {
         /// On which path.
         target: PathBuf,
         /// The reason.
+        reason: String,
+    },
+    /// The host's account of a VMM cannot be read.
+    #[error("read the statistics of the VMM (process {pid}): {reason}")]
+    Stats {
+        /// The VMM.
+        pid: u32,
+        /// Why.
         reason: String,
     },
     /// The machine as configured does not fit this host.
@@ -227,12 +249,14 @@ impl Error {
             | Self::Spec { .. }
             | Self::MountSource { .. }
             | Self::InvalidArgument(_)
+            | Self::HostNamespace { .. }
             | Self::OpenStdio { .. } => Code::INVALID_ARGUMENT,
             Self::NotFound { .. } | Self::Finished => Code::NOT_FOUND,
             Self::AlreadyExists { .. } => Code::ALREADY_EXISTS,
             Self::WrongState { .. }
             | Self::SandboxGone(_)
             | Self::NoSandbox
+            | Self::AmbiguousTarget { .. }
             | Self::Config { .. }
             | Self::HostFile { .. }
             | Self::Machine(_) => Code::FAILED_PRECONDITION,
@@ -243,6 +267,7 @@ impl Error {
             Self::File { .. }
             | Self::Mount { .. }
             | Self::Spawn { .. }
+            | Self::Stats { .. }
             | Self::System { .. }
             | Self::Vmm(_)
             | Self::Boot { .. }

@@ -39,6 +39,9 @@ fn handle(pod: &Arc<Pod>, sandbox: &Arc<Sandbox>, event: sandbox::Event) {
 
 /// Ends every process of the pod: the VM is gone.
 pub fn all_ended(pod: &Arc<Pod>, sandbox: &Arc<Sandbox>) {
+    if let Ok(requested) = pod.requested() {
+        requested.life.finish(Exit::now(KILLED));
+    }
     for container in pod.containers() {
         for process in container.execs().into_iter().chain([container.init.clone()]) {
             tokio::spawn(finish(pod.clone(), sandbox.clone(), container.clone(), process, KILLED));

@@ -1,5 +1,6 @@
 //! The pod: its VM and its containers.
 
+mod api;
 mod create;
 mod delete;
 
@@ -8,18 +9,21 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::sysinfo::sysinfo;
+use oci_spec::runtime::Spec;
 use slog::{Logger, warn};
 use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::container::Container;
+use crate::container::{Container, PidNamespace, Role};
 use crate::events::Events;
+use crate::pod_spec::{PodSpec, Size};
 use crate::sandbox::{Blueprint, Sandbox};
-use crate::spec::PodSpec;
 use crate::state_dir::StateDir;
 use crate::storage::{self, Storage};
-use crate::{Error, Result, exits, id};
+use crate::{Error, Result, exits, id, spec};
+
+pub use api::Requested;
 
 /// Where a pod finds and keeps things on the host.
 #[derive(Clone, Debug)]
@@ -49,6 +53,8 @@ pub struct Pod {
 #[derive(Debug, Default)]
 struct PodState {
     vm: Vm,
+    /// Set where the pod was made with the Sandbox API.
+    requested: Option<Arc<Requested>>,
     containers: HashMap<String, Arc<Container>>,
 }
 
@@ -124,6 +130,10 @@ impl Pod {
         let claimed = {
             let mut state = self.lock();
             let vm = state.vm.clone();
+            if storage.is_some() && state.requested.is_some() && matches!(vm, Vm::Absent) {
+                // It is for StartSandbox to boot it.
+                return Err(Error::NoSandbox);
+            }
             if matches!(vm, Vm::Absent) {
                 state.vm = Vm::Booting;
             }
@@ -149,14 +159,13 @@ impl Pod {
 
     async fn boot(self: &Arc<Self>, storage: Option<Storage>, spec: PodSpec) -> Result<Arc<Sandbox>> {
         let config = Config::load_from(&self.roots.config)?;
-        check_memory(&config)?;
+        let size = spec.limits.size(&config.vm);
+        check_memory(size)?;
         let dir = StateDir::new(&self.roots.state, &self.namespace, &self.id)?;
         let made = dir.clone();
         blocking(move || crate::delete::make_anew(&made)).await?;
         let (id, log) = (self.id.clone(), self.log.clone());
-        let PodSpec { hostname, cgroups_path: cgroup, sysctls } = spec;
-        let hostname = hostname.unwrap_or_else(|| id.clone());
-        let blueprint = Blueprint { id, hostname, sysctls, cgroup, config, dir: dir.clone(), log };
+        let blueprint = Blueprint { id, spec, size, config, dir: dir.clone(), log };
         let share = dir.clone();
         let attach = move || attach(storage.as_ref(), &share);
         let (sandbox, signs, events) = match Sandbox::boot(blueprint, attach).await {
@@ -187,6 +196,27 @@ impl Pod {
             }
         }
         exits::all_ended(self, sandbox);
+    }
+
+    /// Whose processes a container with this spec sees. containerd names the namespace of the pod and that of another
+    /// container by the same path, that of the VM's process; they are told apart by what the containers there have.
+    fn pid_namespace(&self, spec: &Spec) -> Result<PidNamespace> {
+        if !spec::shares_pids(spec) {
+            return Ok(PidNamespace::Own);
+        }
+        let state = self.lock();
+        let others = state.containers.values().filter(|container| {
+            container.role == Role::Workload
+                && container.pid_namespace == PidNamespace::Own
+                && container.init.state().is_alive()
+        });
+        let mut candidates: Vec<_> = others.map(|container| container.id.clone()).collect();
+        candidates.sort();
+        match &candidates[..] {
+            [] => Ok(PidNamespace::Pod),
+            [target] => Ok(PidNamespace::Of(target.clone())),
+            _ => Err(Error::AmbiguousTarget { candidates }),
+        }
     }
 
     async fn detach_storage(&self, sandbox: &Sandbox, container_id: &str) {
@@ -229,12 +259,12 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
     spawn_blocking(work).await.map_err(ended)?
 }
 
-fn check_memory(config: &Config) -> Result<()> {
+fn check_memory(size: Size) -> Result<()> {
     let host_mib = sysinfo().map_err(crate::error::system("ask for the host's memory"))?.ram_total() >> 20;
-    let guest_mib = u64::from(config.vm.memory_mib);
+    let guest_mib = u64::from(size.memory_mib);
     if guest_mib > host_mib {
         return Err(Error::Machine(format!(
-            "vm.memory_mib = {guest_mib} is more than the {host_mib} MiB of this host"
+            "the guest's {guest_mib} MiB (vm.memory_mib and the pod's limits) are more than the {host_mib} MiB of this host"
         )));
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! One pod's VM: from a spawned VMM to an agent that answers, and back to nothing.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
+use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use slog::{Logger, info, warn};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, timeout_at};
 
@@ -21,7 +22,9 @@ use crate::cgroup;
 use crate::config::Config;
 use crate::console::{Console, Source};
 use crate::delete::start_time;
-use crate::error::system;
+use crate::error::{file, system};
+use crate::pod_spec::{PodFile, PodSpec, Size};
+use crate::spec::Volume;
 use crate::state_dir::{Record, StateDir};
 use crate::vmm_process::{Building, HostFiles, Spawned, VmmProcess};
 use crate::{Error, Result};
@@ -34,12 +37,10 @@ const GUEST_CID: u32 = 3;
 pub struct Blueprint {
     /// The pod.
     pub id: String,
-    /// The guest's host name.
-    pub hostname: String,
-    /// The pod's kernel parameters.
-    pub sysctls: HashMap<String, String>,
-    /// Where the VMM belongs in the host's cgroup hierarchy.
-    pub cgroup: Option<PathBuf>,
+    /// What the pod is to be.
+    pub spec: PodSpec,
+    /// How large the VM is to be.
+    pub size: Size,
     /// The operator's configuration.
     pub config: Config,
     /// The pod's directory, which has been made.
@@ -57,6 +58,11 @@ pub struct Sandbox {
     pub dir: StateDir,
     /// The agent inside.
     pub agent: Agent,
+    /// Files for every container: their names below `/etc`, and where they are on the host.
+    pub files: Vec<(&'static str, PathBuf)>,
+    /// The names of the guest's volumes.
+    volumes: Mutex<HashSet<String>>,
+    size: Size,
     vmm: VmmProcess,
     client: Arc<VmmClient>,
     own_cgroup: Option<PathBuf>,
@@ -95,7 +101,8 @@ impl Sandbox {
         let Blueprint { config, dir, log, .. } = &blueprint;
         let files = HostFiles::open(&config.vm)?;
         let (mut console, console_writer) = Console::pipe(Source::Guest, log.clone())?;
-        let machine = machine(config, &blueprint.id);
+        let machine = machine(&blueprint);
+        let pod_files = write_files(dir, &blueprint.spec.files)?;
         let building = Building { machine, files, share: dir.share(), console: console_writer };
         let mut spawned = VmmProcess::spawn(config, building, log).await?;
         let mut own_cgroup = None;
@@ -103,11 +110,14 @@ impl Sandbox {
         let Spawned { process: vmm, client, events: vmm_events, .. } = spawned;
         match up {
             Ok(Up { agent, agent_events, ready }) => {
-                let Blueprint { config, dir, log, .. } = blueprint;
+                let Blueprint { config, dir, log, size, .. } = blueprint;
                 let sandbox = Self {
                     config,
                     dir,
                     agent,
+                    files: pod_files,
+                    volumes: Mutex::default(),
+                    size,
                     vmm,
                     client,
                     own_cgroup,
@@ -133,6 +143,11 @@ impl Sandbox {
         self.vmm.pid.unsigned_abs()
     }
 
+    /// How large the VM is.
+    pub fn size(&self) -> Size {
+        self.size
+    }
+
     /// Connects a stdio stream of a process that the agent knows by `id`.
     ///
     /// # Errors
@@ -141,6 +156,21 @@ impl Sandbox {
         let mut stream = connect(&self.client, STREAM_PORT).await?;
         stream.write_u64(id.0).await.map_err(system("name a stdio stream to the agent"))?;
         Ok(stream)
+    }
+
+    /// Makes volumes that the guest does not have yet.
+    ///
+    /// # Errors
+    /// As [`Agent::task`].
+    pub async fn provide(&self, volumes: Vec<Volume>) -> Result<()> {
+        let mut there = self.volumes.lock().await;
+        for volume in volumes {
+            if !there.contains(&volume.name) {
+                self.agent.create_volume(&volume).await?;
+                there.insert(volume.name);
+            }
+        }
+        Ok(())
     }
 
     /// An identifier for the next stdio stream.
@@ -206,23 +236,38 @@ impl Sandbox {
     }
 }
 
-fn machine(config: &Config, id: &str) -> VmConfig {
+fn machine(blueprint: &Blueprint) -> VmConfig {
+    let vm = &blueprint.config.vm;
     VmConfig {
-        sandbox_id: id.into(),
-        vcpus: config.vm.vcpus,
-        memory_mib: config.vm.memory_mib,
+        sandbox_id: blueprint.id.clone(),
+        vcpus: blueprint.size.vcpus,
+        memory_mib: blueprint.size.memory_mib,
         net_slots: 1,
         guest_cid: GUEST_CID,
-        kernel_args: config.vm.kernel_args.clone(),
+        kernel_args: vm.kernel_args.clone(),
         host_ports: vec![READY_PORT],
-        uid: config.vm.uid,
+        uid: vm.uid,
     }
+}
+
+/// Writes the pod's own files where containers can have them mounted from.
+fn write_files(dir: &StateDir, files: &[PodFile]) -> Result<Vec<(&'static str, PathBuf)>> {
+    let folder = dir.path().join("files");
+    if !files.is_empty() {
+        fs::create_dir(&folder).map_err(file("create", &folder))?;
+    }
+    let write = |pod_file: &PodFile| {
+        let path = folder.join(pod_file.name);
+        fs::write(&path, &pod_file.text).map_err(file("write", &path))?;
+        Ok((pod_file.name, path))
+    };
+    files.iter().map(write).collect()
 }
 
 /// Puts the VMM into the pod's cgroup before it allocates anything, and writes down how to find both.
 fn enter_cgroup(blueprint: &Blueprint, pid: i32, made: &mut Option<PathBuf>) -> Result<()> {
     let mount = Path::new(cgroup::MOUNT);
-    match &blueprint.cgroup {
+    match &blueprint.spec.cgroups_path {
         Some(path) if mount.join("cgroup.controllers").exists() => {
             let directory = cgroup::directory(mount, path);
             cgroup::enter(&directory, pid)?;
@@ -279,7 +324,8 @@ async fn run_guest(blueprint: &Blueprint, client: &VmmClient, events: &mut Event
     let hello = read_hello(&mut ready).await?;
     let stream = connect(client, RPC_PORT).await?;
     let agent = Agent::new(stream, blueprint.config.timeouts.request());
-    agent.configure(&blueprint.hostname, &blueprint.sysctls).await?;
+    let hostname = blueprint.spec.hostname.as_ref().unwrap_or(&blueprint.id);
+    agent.configure(hostname, &blueprint.spec.sysctls).await?;
     let agent_events = agent.events().await?;
     let vmm = client.status().await?;
     info!(blueprint.log, "VM is up";

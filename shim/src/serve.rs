@@ -18,7 +18,7 @@ use crate::error::system;
 use crate::events::Events;
 use crate::pod::{Pod, Roots};
 use crate::start::{TTRPC_ADDRESS, unlink_socket};
-use crate::{Error, Result, log, spec, state_dir, task};
+use crate::{Error, Result, log, sandbox_service, spec, state_dir, task};
 
 /// How long containerd has for taking the last answer and the last events.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -42,7 +42,10 @@ pub async fn run(flags: &Flags) -> Result<()> {
     let roots = Roots { config: Config::path(), state: state_dir::ROOT.into() };
     let pod = Pod::new(&sandbox_id, &flags.namespace, roots, events, log.clone());
     let listener = Listener::try_from(listener).map_err(system("watch the socket"))?;
-    let mut server = Server::new().add_listener(listener).register_service(task::services(&pod));
+    let mut server = Server::new()
+        .add_listener(listener)
+        .register_service(task::services(&pod))
+        .register_service(sandbox_service::services(&pod));
     server.start().await.map_err(|error| Error::Protocol(error.to_string()))?;
     info!(log, "shim started"; "pid" => std::process::id(), "version" => env!("CARGO_PKG_VERSION"));
 

@@ -1,15 +1,19 @@
 //! The OCI runtime spec of a container, as containerd wrote it for the host, rewritten for the guest.
 
-use std::collections::HashMap;
+mod mounts;
+
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use mayu_agent_api::SHARE_DIR;
-use oci_spec::runtime::{LinuxDevice, LinuxNamespace, LinuxNamespaceType, Process, Spec};
+use oci_spec::runtime::{LinuxDevice, LinuxNamespace, LinuxNamespaceType, Mount, Process, Spec};
 use slog::{Logger, info, warn};
 
-use crate::container::Role;
+use crate::container::{PidNamespace, Role};
 use crate::{Error, Result};
+
+/// The name of the spec in a bundle.
+const FILE: &str = "config.json";
 
 /// The longest `config.json`, in bytes. It has to fit into one ttrpc message (4 MiB) with room to spare.
 const MAX_LEN: u64 = 3 * 1024 * 1024;
@@ -37,15 +41,32 @@ pub struct Bind {
     pub read_only: bool,
 }
 
-/// The result of [`for_pod`].
-#[derive(Debug)]
-pub struct PodSpec {
-    /// The guest's host name.
-    pub hostname: Option<String>,
-    /// Where the pod belongs in the host's cgroup hierarchy, as the spec says it.
-    pub cgroups_path: Option<PathBuf>,
-    /// Kernel parameters. Those of a container that is more than the pod are set in its own namespaces.
-    pub sysctls: HashMap<String, String>,
+/// A file system in the guest's memory, which the pod's containers share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Volume {
+    /// A file name; the guest has it below [`VOLUME_DIR`].
+    pub name: String,
+    /// In bytes.
+    pub size: u64,
+    /// Permissions of its root.
+    pub mode: u32,
+    /// Owner of its root.
+    pub uid: u32,
+    /// Group of its root.
+    pub gid: u32,
+}
+
+/// Where a container of the guest comes from, beside its spec.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin<'a> {
+    /// containerd's identifier.
+    pub id: &'a str,
+    /// containerd's directory for it.
+    pub bundle: &'a Path,
+    /// The PID namespace that it gets; a path of the spec means nothing to the guest.
+    pub pid_namespace: &'a PidNamespace,
+    /// Files that it gets, on the host, unless it has a mount in their place: their names below `/etc`, and their paths.
+    pub files: &'a [(&'static str, PathBuf)],
 }
 
 /// The result of [`for_guest`].
@@ -57,6 +78,8 @@ pub struct GuestSpec {
     pub root: PathBuf,
     /// What is to be bound under the share, at the index that the rewritten spec names.
     pub binds: Vec<Bind>,
+    /// What the guest is to have before the container is created.
+    pub volumes: Vec<Volume>,
 }
 
 /// Reads the bundle's `config.json`.
@@ -64,7 +87,7 @@ pub struct GuestSpec {
 /// # Errors
 /// [`Error::Spec`] with the line and column of a syntax error.
 pub fn load(bundle: &Path) -> Result<Spec> {
-    let path = bundle.join("config.json");
+    let path = bundle.join(FILE);
     let wrong = |reason: String| Error::Spec { path: path.clone(), reason };
     let read = || -> io::Result<Vec<u8>> {
         if fs::metadata(&path)?.len() > MAX_LEN {
@@ -79,8 +102,11 @@ pub fn load(bundle: &Path) -> Result<Spec> {
 /// The pod that the bundle's container belongs to: its own id unless CRI says otherwise.
 ///
 /// # Errors
-/// As [`load`].
+/// As [`load`]. A bundle without a spec is fine: the Sandbox API has none for the pod itself.
 pub fn sandbox_id(bundle: &Path, id: &str) -> Result<String> {
+    if !bundle.join(FILE).exists() {
+        return Ok(id.to_string());
+    }
     let spec = load(bundle)?;
     Ok(annotation(&spec, SANDBOX_ID).unwrap_or(id).to_string())
 }
@@ -90,45 +116,64 @@ pub fn role(spec: &Spec) -> Role {
     if annotation(spec, CONTAINER_TYPE) == Some("sandbox") { Role::Pod } else { Role::Workload }
 }
 
-fn annotation<'a>(spec: &'a Spec, key: &str) -> Option<&'a str> {
+/// What an annotation says.
+pub fn annotation<'a>(spec: &'a Spec, key: &str) -> Option<&'a str> {
     spec.annotations().as_ref()?.get(key).map(String::as_str)
 }
 
-/// What the pod is to be, from the spec of its first container.
-pub fn for_pod(spec: &Spec) -> PodSpec {
-    let linux = spec.linux().as_ref();
-    PodSpec {
-        hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
-        cgroups_path: linux.and_then(|linux| linux.cgroups_path().clone()),
-        sysctls: linux
-            .filter(|_| role(spec) == Role::Pod)
-            .and_then(|linux| linux.sysctl().clone())
-            .unwrap_or_default(),
-    }
+/// Whether the container is to share the PID namespace of another one, or of the pod.
+pub fn shares_pids(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let shared =
+        |namespace: &LinuxNamespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_some();
+    namespaces.is_some_and(|all| all.iter().any(shared))
 }
 
-/// Rewrites the spec of container `id` in `bundle` for the guest.
+/// Rewrites the spec of a container for the guest.
 ///
 /// # Errors
 /// [`Error::Spec`] when something that every container needs is missing.
-pub fn for_guest(mut spec: Spec, id: &str, bundle: &Path, log: &Logger) -> Result<GuestSpec> {
+pub fn for_guest(mut spec: Spec, origin: Origin<'_>, log: &Logger) -> Result<GuestSpec> {
     let missing =
-        |what: &str| Error::Spec { path: bundle.join("config.json"), reason: format!("{what} is missing") };
-    let base = Path::new(SHARE_DIR).join(id);
+        |what: &str| Error::Spec { path: origin.bundle.join(FILE), reason: format!("{what} is missing") };
+    let base = Path::new(SHARE_DIR).join(origin.id);
     let root = spec.root_mut().as_mut().ok_or_else(|| missing("root"))?;
-    let host_root = bundle.join(root.path());
+    let host_root = origin.bundle.join(root.path());
+    let read_only = root.readonly().unwrap_or_default();
     root.set_path(base.join("rootfs"));
     if spec.linux().is_none() {
         return Err(missing("linux"));
     }
     rewrite_process(spec.process_mut().as_mut().ok_or_else(|| missing("process"))?, log);
-    let binds = rewrite_mounts(&mut spec, &base);
-    rewrite_linux(&mut spec, id, log);
+    add_files(&mut spec, origin.files, read_only);
+    let volumes = mounts::replace_volumes(&mut spec);
+    let binds = mounts::rewrite_binds(&mut spec, &base);
+    rewrite_linux(&mut spec, origin, log);
     if spec.hooks().is_some() {
         warn!(log, "the spec's hooks are not run: they are programs of the host");
         spec.set_hooks(None);
     }
-    Ok(GuestSpec { spec, root: host_root, binds })
+    Ok(GuestSpec { spec, root: host_root, binds, volumes })
+}
+
+/// Mounts the pod's files where the spec mounts nothing.
+fn add_files(spec: &mut Spec, files: &[(&'static str, PathBuf)], read_only: bool) {
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for (name, path) in files {
+        let destination = Path::new("/etc").join(name);
+        if mounts.iter().any(|mount| *mount.destination() == destination) {
+            continue;
+        }
+        let mut mount = Mount::default();
+        let access = if read_only { "ro" } else { "rw" };
+        mount
+            .set_destination(destination)
+            .set_typ(Some("bind".into()))
+            .set_source(Some(path.clone()))
+            .set_options(Some(["rbind", "rprivate", access].map(str::to_owned).to_vec()));
+        mounts.push(mount);
+    }
+    spec.set_mounts(Some(mounts));
 }
 
 /// Takes out of a process what refers to the host: its security modules.
@@ -143,33 +188,14 @@ pub fn rewrite_process(process: &mut Process, log: &Logger) {
     process.set_selinux_label(None);
 }
 
-/// Points every bind mount at its place under the share.
-fn rewrite_mounts(spec: &mut Spec, base: &Path) -> Vec<Bind> {
-    let mut binds = Vec::new();
-    for mount in spec.mounts_mut().iter_mut().flatten() {
-        let options = mount.options().clone().unwrap_or_default();
-        let has = |option: &str| options.iter().any(|other| other == option);
-        let is_bind = has("bind") || has("rbind") || mount.typ().as_deref() == Some("bind");
-        let Some(source) = mount.source().clone().filter(|_| is_bind) else {
-            continue;
-        };
-        mount.set_source(Some(base.join("mounts").join(binds.len().to_string())));
-        binds.push(Bind {
-            source,
-            destination: mount.destination().clone(),
-            recursive: has("rbind"),
-            read_only: has("ro") || has("rro"),
-        });
-    }
-    binds
-}
-
-fn rewrite_linux(spec: &mut Spec, id: &str, log: &Logger) {
+fn rewrite_linux(spec: &mut Spec, origin: Origin<'_>, log: &Logger) {
     let Some(linux) = spec.linux_mut() else { return };
-    let namespaces: Vec<_> = linux.namespaces().iter().flatten().filter_map(guest_namespace).collect();
+    let namespaces = linux.namespaces().iter().flatten();
+    let namespaces: Vec<_> =
+        namespaces.filter_map(|namespace| guest_namespace(namespace, origin.pid_namespace)).collect();
     let own_hostname = namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Uts);
     linux.set_namespaces(Some(namespaces));
-    linux.set_cgroups_path(Some(Path::new("/mayu").join(id)));
+    linux.set_cgroups_path(Some(Path::new("/mayu").join(origin.id)));
     linux.set_mount_label(None);
     linux.set_intel_rdt(None);
     if let Some(devices) = linux.devices_mut() {
@@ -183,15 +209,18 @@ fn rewrite_linux(spec: &mut Spec, id: &str, log: &Logger) {
 /// The guest's network is the pod's, so every container shares it. A path names the namespace of another process of the
 /// host: with CRI that of the pod, which for IPC and the host name is the guest's own. Of another kind the container gets
 /// a new one.
-fn guest_namespace(namespace: &LinuxNamespace) -> Option<LinuxNamespace> {
+fn guest_namespace(namespace: &LinuxNamespace, pid: &PidNamespace) -> Option<LinuxNamespace> {
     let shared = match namespace.typ() {
         LinuxNamespaceType::Network => true,
         LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts => namespace.path().is_some(),
         _ => false,
     };
-    let mut namespace = namespace.clone();
-    namespace.set_path(None);
-    (!shared).then_some(namespace)
+    let mut guest = namespace.clone();
+    guest.set_path(match namespace.typ() {
+        LinuxNamespaceType::Pid => pid.path(),
+        _ => None,
+    });
+    (!shared).then_some(guest)
 }
 
 fn is_guest_device(device: &LinuxDevice, log: &Logger) -> bool {
@@ -212,7 +241,16 @@ mod tests {
     }
 
     fn rewrite(spec: serde_json::Value) -> Result<GuestSpec> {
-        for_guest(serde_json::from_value(spec).unwrap(), "c1", Path::new("/bundle"), &log())
+        rewrite_with(spec, &PidNamespace::Own, &[])
+    }
+
+    fn rewrite_with(
+        spec: serde_json::Value,
+        pid_namespace: &PidNamespace,
+        files: &[(&'static str, PathBuf)],
+    ) -> Result<GuestSpec> {
+        let origin = Origin { id: "c1", bundle: Path::new("/bundle"), pid_namespace, files };
+        for_guest(serde_json::from_value(spec).unwrap(), origin, &log())
     }
 
     fn minimal(linux: &serde_json::Value, mounts: &serde_json::Value) -> serde_json::Value {
@@ -257,6 +295,35 @@ mod tests {
         let types: Vec<_> = namespaces.iter().map(|namespace| namespace.typ().to_string()).collect();
         assert_eq!(types, ["pid", "ipc", "mnt", "cgroup"]);
         assert!(namespaces.iter().all(|namespace| namespace.path().is_none()));
+    }
+
+    #[test]
+    fn processes_are_shared_where_the_pod_says_so() {
+        let linux = json!({"namespaces": [{"type": "pid", "path": "/proc/1/ns/pid"}]});
+        let spec = minimal(&linux, &json!([]));
+        assert!(shares_pids(&serde_json::from_value(spec.clone()).unwrap()));
+        for (namespace, path) in [
+            (PidNamespace::Pod, "/run/mayu/namespaces/pid"),
+            (PidNamespace::Of("web".into()), "/run/mayu/namespaces/container-pid/web"),
+        ] {
+            let guest = rewrite_with(spec.clone(), &namespace, &[]).unwrap();
+            let namespaces = guest.spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
+            assert_eq!(namespaces[0].path().as_deref(), Some(Path::new(path)));
+        }
+    }
+
+    #[test]
+    fn files_of_the_pod_are_mounted_where_nothing_else_is() {
+        let mounts =
+            json!([{"destination": "/etc/hosts", "type": "bind", "source": "/mine", "options": ["bind"]}]);
+        let files = [("hosts", "/pod/hosts".into()), ("hostname", "/pod/hostname".into())];
+        let guest = rewrite_with(minimal(&json!({}), &mounts), &PidNamespace::Own, &files).unwrap();
+        let sources: Vec<_> =
+            guest.binds.iter().map(|bind| (bind.destination.to_str(), bind.source.to_str())).collect();
+        assert_eq!(
+            sources,
+            [(Some("/etc/hosts"), Some("/mine")), (Some("/etc/hostname"), Some("/pod/hostname"))]
+        );
     }
 
     #[test]
@@ -351,14 +418,10 @@ mod tests {
             (json!({CONTAINER_TYPE: "container"}), Role::Workload),
             (json!({CONTAINER_TYPE: "sandbox"}), Role::Pod),
         ] {
-            let mut spec = minimal(&json!({"cgroupsPath": "/pods/p"}), &json!([]));
+            let mut spec = minimal(&json!({}), &json!([]));
             spec["annotations"] = annotations;
-            spec["hostname"] = json!("web-0");
             let spec = serde_json::from_value(spec).unwrap();
             assert_eq!(role(&spec), expected);
-            let pod = for_pod(&spec);
-            assert_eq!(pod.cgroups_path.as_deref(), Some(Path::new("/pods/p")));
-            assert_eq!(pod.hostname.as_deref(), Some("web-0"));
         }
     }
 }

@@ -15,6 +15,7 @@ use containerd_shim_protos::api::{
 use containerd_shim_protos::events::task::{TaskExecStarted, TaskPaused, TaskResumed, TaskStart};
 use containerd_shim_protos::shim_async::{Task, TaskClient, create_task};
 use nix::libc;
+use protobuf::MessageField;
 use slog::{debug, info};
 use ttrpc::r#async::{Service, TtrpcContext};
 use ttrpc::context::Context;
@@ -24,7 +25,7 @@ use crate::exits::{self, publish_exit};
 use crate::pod::Pod;
 use crate::process::{Process, State, Step};
 use crate::sandbox::Sandbox;
-use crate::{Error, Result};
+use crate::{Error, Result, stats};
 
 /// The service's name in containerd 1.x; 2.x has it as `containerd.task.v3.Task` with the same messages.
 const V2: &str = "containerd.task.v2.Task";
@@ -45,7 +46,7 @@ struct TaskService {
 
 /// Runs a request to its end also when containerd goes away meanwhile: the server drops the handlers of a connection
 /// that closes.
-async fn complete<T, F>(operation: &'static str, pod: &Arc<Pod>, request: F) -> ttrpc::Result<T>
+pub(crate) async fn complete<T, F>(operation: &'static str, pod: &Arc<Pod>, request: F) -> ttrpc::Result<T>
 where
     T: Send + 'static,
     F: Future<Output = Result<T>> + Send + 'static,
@@ -123,9 +124,13 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        self.pod.container(&request.id)?.require_process("read statistics of")?;
+        let sandbox = self.pod.running_sandbox()?;
+        if self.pod.container(&request.id)?.role == Role::Pod {
+            let stats = MessageField::some(stats::of_pod(&sandbox)?);
+            return Ok(StatsResponse { stats, ..Default::default() });
+        }
         let stats = async |task: TaskClient| task.stats(Context::default(), &request).await;
-        Ok(self.pod.running_sandbox()?.agent.task("read statistics", stats).await?)
+        Ok(sandbox.agent.task("read statistics", stats).await?)
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {

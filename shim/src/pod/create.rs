@@ -16,9 +16,10 @@ use ttrpc::context::Context;
 
 use super::{Pod, Vm};
 use crate::container::{Container, Role};
+use crate::pod_spec::{Limits, PodSpec, refuse_host_namespaces};
 use crate::process::{Process, State, Step};
 use crate::sandbox::Sandbox;
-use crate::spec::{self, GuestSpec};
+use crate::spec::{self, GuestSpec, Origin};
 use crate::stdio::{Endpoints, Opened, Streams};
 use crate::storage::Storage;
 use crate::{Error, Result, id};
@@ -37,7 +38,13 @@ impl Pod {
         endpoints.present()?;
         let bundle = Path::new(&request.bundle);
         let spec = spec::load(bundle)?;
-        let container = Arc::new(Container::new(&request.id, spec::role(&spec), bundle, endpoints));
+        refuse_host_namespaces(&spec)?;
+        let mut container = Container::new(&request.id, spec::role(&spec), bundle, endpoints);
+        if container.role == Role::Workload {
+            container.pid_namespace = self.pid_namespace(&spec)?;
+            container.set_limits(Limits::of_container(&spec));
+        }
+        let container = Arc::new(container);
         self.reserve(&container)?;
         let created = self.build(&container, spec, request).await;
         if created.is_err() {
@@ -62,15 +69,22 @@ impl Pod {
         request: CreateTaskRequest,
     ) -> Result<u32> {
         let log = self.log.new(o!("container" => container.id.clone()));
-        let pod = spec::for_pod(&spec);
+        let pod = PodSpec::from_oci(&spec)?;
         let sandbox = match container.role {
             Role::Pod => self.sandbox_with(None, pod).await?,
             Role::Workload => {
-                let GuestSpec { spec, root, binds } =
-                    spec::for_guest(spec, &container.id, &container.bundle, &log)?;
+                let files = self.sandbox().map(|sandbox| sandbox.files.clone()).unwrap_or_default();
+                let origin = Origin {
+                    id: &container.id,
+                    bundle: &container.bundle,
+                    pid_namespace: &container.pid_namespace,
+                    files: &files,
+                };
+                let GuestSpec { spec, root, binds, volumes } = spec::for_guest(spec, origin, &log)?;
                 let rootfs = request.rootfs.clone();
                 let storage = Storage { container_id: container.id.clone(), rootfs, root, binds };
                 let sandbox = self.sandbox_with(Some(storage), pod).await?;
+                sandbox.provide(volumes).await?;
                 self.create_in_guest(&sandbox, container, &spec, request.terminal).await?;
                 sandbox
             }
@@ -117,7 +131,7 @@ impl Pod {
         let last = {
             let mut state = self.lock();
             state.containers.remove(&container.id);
-            state.containers.is_empty()
+            state.containers.is_empty() && state.requested.is_none()
         };
         let Ok(sandbox) = self.sandbox() else {
             return;

@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{CreateTaskRequest, Empty};
+use containerd_shim_protos::sandbox_async::SandboxClient;
 use containerd_shim_protos::shim::events::ForwardRequest;
 use containerd_shim_protos::shim_async::{self, TaskClient, create_events};
 use mayu_shim::events::Events;
 use mayu_shim::pod::{Pod, Roots};
-use mayu_shim::task;
+use mayu_shim::{sandbox_service, task};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use serde_json::json;
@@ -28,6 +29,8 @@ pub struct Host {
     pub pod: Arc<Pod>,
     /// What containerd asks it with.
     pub task: TaskClient,
+    /// What containerd asks it with for pods without a container that stands for them.
+    pub sandboxes: SandboxClient,
     events: mpsc::UnboundedReceiver<String>,
     _servers: [Server; 2],
 }
@@ -50,9 +53,11 @@ impl Host {
         let pod = Pod::new("pod", "ns", roots, publisher, log);
         let address = format!("unix://{}", root.join("shim").display());
         let mut shim = Server::new().bind(&address).unwrap().register_service(task::services(&pod));
+        shim = shim.register_service(sandbox_service::services(&pod));
         shim.start().await.unwrap();
-        let task = TaskClient::new(Client::connect(&address).await.unwrap());
-        Some(Self { folder, pod, task, events, _servers: [containerd, shim] })
+        let client = Client::connect(&address).await.unwrap();
+        let (task, sandboxes) = (TaskClient::new(client.clone()), SandboxClient::new(client));
+        Some(Self { folder, pod, task, sandboxes, events, _servers: [containerd, shim] })
     }
 
     /// A path of this test.
@@ -80,11 +85,12 @@ impl Host {
     fn bundle(&self, id: &str, arguments: &[&str], annotations: &serde_json::Value) -> CreateTaskRequest {
         let bundle = self.path(&format!("bundle-{id}"));
         fs::create_dir(&bundle).unwrap();
+        let namespaces = ["network", "pid", "ipc", "mount"].map(|kind| json!({"type": kind}));
         let spec = json!({
             "ociVersion": "1.1.0",
             "root": {"path": self.path("rootfs")},
             "process": {"cwd": "/", "args": arguments, "user": {"uid": 0, "gid": 0}},
-            "linux": {},
+            "linux": {"namespaces": namespaces},
             "annotations": annotations,
         });
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();

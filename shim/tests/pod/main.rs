@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used, reason = "a test's way to fail")]
 
 mod host;
+mod sandbox_api;
 mod stand_in;
 
 use containerd_shim_protos::api::{
@@ -302,7 +303,7 @@ async fn a_bad_bundle_leaves_nothing() {
         "root": {"path": host.path("rootfs")},
         "process": {"cwd": "/", "args": ["sleep"], "user": {"uid": 0, "gid": 0}},
         "mounts": [{"destination": "/data", "source": "/nonexistent", "options": ["rbind"]}],
-        "linux": {},
+        "linux": {"namespaces": [{"type": "network"}, {"type": "pid"}, {"type": "ipc"}]},
     });
     std::fs::write(&config, spec.to_string()).unwrap();
     let (missing, message) = code(host.task.create(cx(), &request).await);

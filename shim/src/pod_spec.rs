@@ -1,0 +1,430 @@
+//! What a pod is to be, from whichever of containerd's two descriptions there is: the OCI spec of its first container, or
+//! the Kubernetes pod that comes with the Sandbox API.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
+use mayu_vmm_api::{MAX_MEMORY_MIB, MAX_VCPUS};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use protobuf::Message;
+
+use crate::config::Vm;
+use crate::container::Role;
+use crate::cri::{DNSConfig, NamespaceMode, NamespaceOption, PodSandboxConfig};
+use crate::spec::{annotation, role};
+use crate::{Error, Result};
+
+/// The type under which containerd hands over a Kubernetes pod.
+const CRI_POD: &str = "runtime.v1.PodSandboxConfig";
+
+/// CPU time per [`DEFAULT_PERIOD`] that the pod's containers may use together, and its period, both in microseconds.
+const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+
+/// The sum of the containers' memory limits, in bytes.
+const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+
+/// The kernel's period of CPU bandwidth control, in microseconds.
+const DEFAULT_PERIOD: i64 = 100_000;
+
+/// What a pod is to be.
+#[derive(Clone, Debug, Default)]
+pub struct PodSpec {
+    /// The guest's host name.
+    pub hostname: Option<String>,
+    /// Where the pod belongs in the host's cgroup hierarchy, as the spec says it.
+    pub cgroups_path: Option<PathBuf>,
+    /// Kernel parameters. Those of a container that is more than the pod are set in its own namespaces.
+    pub sysctls: HashMap<String, String>,
+    /// The pod's network namespace. Where there is none the VMM's own becomes it: somebody may set it up later, as docker
+    /// does between Create and Start.
+    pub network: Option<PathBuf>,
+    /// What its containers may use together.
+    pub limits: Limits,
+    /// Files that a client which does not write them itself leaves to the shim.
+    pub files: Vec<PodFile>,
+}
+
+/// What containers may use together. Nothing said is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Thousandths of a CPU.
+    pub cpu_millis: Option<u64>,
+    /// Bytes.
+    pub memory: Option<u64>,
+}
+
+/// How large a VM is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+}
+
+/// A small file that every container of the pod gets unless it has a mount there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodFile {
+    /// Where in a container, below `/etc`.
+    pub name: &'static str,
+    /// What it says.
+    pub text: String,
+}
+
+impl PodSpec {
+    /// From the spec of the pod's first container.
+    ///
+    /// # Errors
+    /// As [`refuse_host_namespaces`].
+    pub fn from_oci(spec: &Spec) -> Result<Self> {
+        refuse_host_namespaces(spec)?;
+        let linux = spec.linux().as_ref();
+        let network = linux
+            .and_then(|linux| linux.namespaces().as_ref())
+            .and_then(|all| all.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Network))
+            .and_then(|namespace| namespace.path().clone());
+        Ok(Self {
+            hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
+            cgroups_path: linux.and_then(|linux| linux.cgroups_path().clone()),
+            sysctls: linux
+                .filter(|_| role(spec) == Role::Pod)
+                .and_then(|linux| linux.sysctl().clone())
+                .unwrap_or_default(),
+            network,
+            limits: match role(spec) {
+                Role::Pod => annotated_limits(spec),
+                Role::Workload => Limits::of_container(spec),
+            },
+            files: Vec::new(),
+        })
+    }
+
+    /// From a request of the Sandbox API. Without a Kubernetes pod in it the defaults hold.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for another description, one that cannot be read, or one that wants the host's namespaces.
+    pub fn from_request(request: &CreateSandboxRequest) -> Result<Self> {
+        let network = Some(&request.netns_path).filter(|path| !path.is_empty()).map(PathBuf::from);
+        let Some(options) = request.options.as_ref().filter(|any| !any.type_url.is_empty()) else {
+            return Ok(Self { network, ..Self::default() });
+        };
+        if options.type_url.rsplit('/').next() != Some(CRI_POD) {
+            return Err(Error::InvalidArgument(format!(
+                "sandbox options of type {:?}: only {CRI_POD} is known",
+                options.type_url
+            )));
+        }
+        let config = PodSandboxConfig::parse_from_bytes(&options.value)
+            .map_err(|error| Error::InvalidArgument(format!("sandbox options: {error}")))?;
+        Self::from_cri(&request.sandbox_id, config, network)
+    }
+
+    fn from_cri(id: &str, config: PodSandboxConfig, network: Option<PathBuf>) -> Result<Self> {
+        let linux = config.linux.unwrap_or_default();
+        let security = linux.security_context.unwrap_or_default();
+        refuse_host_options(&security.namespace_options)?;
+        let resources = linux.resources.unwrap_or_default();
+        let memory = resources.memory_limit_in_bytes;
+        Ok(Self {
+            files: pod_files(&config.hostname, config.dns_config.as_ref()),
+            hostname: Some(config.hostname).filter(|name| !name.is_empty()),
+            cgroups_path: cgroups_path(&linux.cgroup_parent, id),
+            sysctls: linux.sysctls,
+            network,
+            limits: Limits {
+                cpu_millis: cpu_millis(resources.cpu_quota, resources.cpu_period),
+                memory: u64::try_from(memory).ok().filter(|memory| *memory > 0),
+            },
+        })
+    }
+}
+
+impl Limits {
+    /// What one container may use.
+    pub fn of_container(spec: &Spec) -> Self {
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let cpu = resources.and_then(|resources| resources.cpu().as_ref());
+        let memory = resources.and_then(|resources| resources.memory().as_ref());
+        Self {
+            cpu_millis: cpu.and_then(|cpu| {
+                let period = cpu.period().and_then(|period| i64::try_from(period).ok()).unwrap_or_default();
+                cpu_millis(cpu.quota().unwrap_or_default(), period)
+            }),
+            memory: memory
+                .and_then(|memory| memory.limit())
+                .and_then(|limit| u64::try_from(limit).ok())
+                .filter(|limit| *limit > 0),
+        }
+    }
+
+    /// The sum of two; what has no limit does not count, as in Kubernetes.
+    pub fn plus(self, other: Self) -> Self {
+        let sum = |one: Option<u64>, other: Option<u64>| match (one, other) {
+            (Some(one), Some(other)) => Some(one.saturating_add(other)),
+            (one, other) => one.or(other),
+        };
+        Self { cpu_millis: sum(self.cpu_millis, other.cpu_millis), memory: sum(self.memory, other.memory) }
+    }
+
+    /// The larger of two, each way.
+    pub fn max(self, other: Self) -> Self {
+        Self { cpu_millis: self.cpu_millis.max(other.cpu_millis), memory: self.memory.max(other.memory) }
+    }
+
+    /// The VM for containers with these limits: the configured memory on top, for the guest itself and for containers
+    /// without a limit; as many CPUs as the limit fills, and no less than configured.
+    pub fn size(self, vm: &Vm) -> Size {
+        let vcpus = self.cpu_millis.unwrap_or_default().div_ceil(1000);
+        let memory_mib = self.memory.unwrap_or_default().div_ceil(1 << 20);
+        Size {
+            vcpus: u8::try_from(vcpus).unwrap_or(MAX_VCPUS).clamp(vm.vcpus, MAX_VCPUS.max(vm.vcpus)),
+            memory_mib: u32::try_from(memory_mib)
+                .unwrap_or(MAX_MEMORY_MIB)
+                .saturating_add(vm.memory_mib)
+                .min(MAX_MEMORY_MIB),
+        }
+    }
+}
+
+/// Refuses a container that wants what a VM cannot share with its host. A namespace that is not named is the host's.
+///
+/// # Errors
+/// [`Error::HostNamespace`].
+pub fn refuse_host_namespaces(spec: &Spec) -> Result<()> {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let named = |kind| namespaces.is_some_and(|all| all.iter().any(|namespace| namespace.typ() == kind));
+    for (kind, what, field) in [
+        (LinuxNamespaceType::Network, "network", "hostNetwork"),
+        (LinuxNamespaceType::Pid, "processes", "hostPID"),
+        (LinuxNamespaceType::Ipc, "IPC objects", "hostIPC"),
+    ] {
+        if !named(kind) {
+            return Err(Error::HostNamespace { what, field });
+        }
+    }
+    Ok(())
+}
+
+fn refuse_host_options(options: &NamespaceOption) -> Result<()> {
+    for (mode, what, field) in [
+        (options.network, "network", "hostNetwork"),
+        (options.pid, "processes", "hostPID"),
+        (options.ipc, "IPC objects", "hostIPC"),
+    ] {
+        if mode.enum_value() == Ok(NamespaceMode::NODE) {
+            return Err(Error::HostNamespace { what, field });
+        }
+    }
+    Ok(())
+}
+
+fn annotated_limits(spec: &Spec) -> Limits {
+    let number = |key| annotation(spec, key).and_then(|text| text.parse::<i64>().ok()).unwrap_or_default();
+    Limits {
+        cpu_millis: cpu_millis(number(CPU_QUOTA), number(CPU_PERIOD)),
+        memory: u64::try_from(number(MEMORY)).ok().filter(|memory| *memory > 0),
+    }
+}
+
+/// No quota, or a negative one, is no limit.
+fn cpu_millis(quota: i64, period: i64) -> Option<u64> {
+    let period = if period > 0 { period } else { DEFAULT_PERIOD };
+    let millis = i128::from(quota) * 1000 / i128::from(period);
+    u64::try_from(millis).ok().filter(|millis| *millis > 0)
+}
+
+/// The form that an OCI spec would have: a path, or systemd's `slice:prefix:name`.
+fn cgroups_path(parent: &str, id: &str) -> Option<PathBuf> {
+    let name = Path::new(parent).file_name()?.to_str()?;
+    Some(if name.ends_with(".slice") {
+        format!("{name}:cri-containerd:{id}").into()
+    } else {
+        Path::new(parent).join(id)
+    })
+}
+
+/// What containerd writes for the pods that it runs with a pause container, and leaves to the shim of others.
+fn pod_files(hostname: &str, dns: Option<&DNSConfig>) -> Vec<PodFile> {
+    let hosts = std::fs::read_to_string("/etc/hosts").unwrap_or_default();
+    let resolv_conf = match dns.map(resolv_conf) {
+        Some(text) if !text.is_empty() => text,
+        _ => std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
+    };
+    vec![
+        PodFile { name: "hostname", text: format!("{hostname}\n") },
+        PodFile { name: "hosts", text: hosts },
+        PodFile { name: "resolv.conf", text: resolv_conf },
+    ]
+}
+
+/// resolv.conf(5).
+fn resolv_conf(dns: &DNSConfig) -> String {
+    let mut text = String::new();
+    if !dns.searches.is_empty() {
+        text += &format!("search {}\n", dns.searches.join(" "));
+    }
+    for server in &dns.servers {
+        text += &format!("nameserver {server}\n");
+    }
+    if !dns.options.is_empty() {
+        text += &format!("options {}\n", dns.options.join(" "));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use protobuf::MessageField;
+    use protobuf::well_known_types::any::Any;
+    use serde_json::json;
+
+    fn spec(value: serde_json::Value) -> Spec {
+        serde_json::from_value(value).unwrap()
+    }
+
+    fn namespaces(kinds: &[&str]) -> serde_json::Value {
+        kinds.iter().map(|kind| json!({"type": kind})).collect()
+    }
+
+    const ALL: [&str; 4] = ["pid", "ipc", "network", "mount"];
+
+    fn request(config: &PodSandboxConfig) -> CreateSandboxRequest {
+        let value = config.write_to_bytes().unwrap();
+        CreateSandboxRequest {
+            sandbox_id: "p1".into(),
+            netns_path: "/var/run/netns/cni-1".into(),
+            options: MessageField::some(Any { type_url: CRI_POD.into(), value, ..Default::default() }),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn what_a_vm_cannot_share_with_its_host_is_refused_by_the_name_that_kubernetes_has_for_it() {
+        for (missing, field) in [("network", "hostNetwork"), ("pid", "hostPID"), ("ipc", "hostIPC")] {
+            let kinds: Vec<_> = ALL.into_iter().filter(|kind| *kind != missing).collect();
+            let spec = spec(json!({"ociVersion": "1.1.0", "linux": {"namespaces": namespaces(&kinds)}}));
+            let message = PodSpec::from_oci(&spec).unwrap_err().to_string();
+            assert!(message.contains(field), "{message}");
+        }
+        for (place, field) in [(0, "hostNetwork"), (1, "hostPID"), (2, "hostIPC")] {
+            let mut config = PodSandboxConfig::new();
+            let options = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+            let options = options.namespace_options.mut_or_insert_default();
+            *[&mut options.network, &mut options.pid, &mut options.ipc][place] = NamespaceMode::NODE.into();
+            let message = PodSpec::from_request(&request(&config)).unwrap_err().to_string();
+            assert!(message.contains(field), "{message}");
+        }
+    }
+
+    #[test]
+    fn the_network_namespace_is_the_one_that_is_named() {
+        let mut all = namespaces(&ALL);
+        let make = |all: &serde_json::Value| {
+            PodSpec::from_oci(&spec(json!({"ociVersion": "1.1.0", "linux": {"namespaces": all}}))).unwrap()
+        };
+        assert_eq!(make(&all).network, None);
+        all[2]["path"] = json!("/var/run/netns/x");
+        assert_eq!(make(&all).network, Some("/var/run/netns/x".into()));
+    }
+
+    #[test]
+    fn a_pod_of_kubernetes_is_read_from_its_message() {
+        let mut config = PodSandboxConfig::new();
+        config.hostname = "web-0".into();
+        config.dns_config = MessageField::some(DNSConfig {
+            servers: vec!["10.96.0.10".into()],
+            searches: vec!["svc.cluster.local".into(), "cluster.local".into()],
+            options: vec!["ndots:5".into()],
+            ..Default::default()
+        });
+        let linux = config.linux.mut_or_insert_default();
+        linux.cgroup_parent = "/kubepods/pod7".into();
+        linux.sysctls.insert("net.core.somaxconn".into(), "1".into());
+        let resources = linux.resources.mut_or_insert_default();
+        (resources.cpu_quota, resources.cpu_period) = (250_000, 100_000);
+        resources.memory_limit_in_bytes = 64 << 20;
+
+        let pod = PodSpec::from_request(&request(&config)).unwrap();
+
+        assert_eq!(pod.hostname.as_deref(), Some("web-0"));
+        assert_eq!(pod.network, Some("/var/run/netns/cni-1".into()));
+        assert_eq!(pod.cgroups_path, Some("/kubepods/pod7/p1".into()));
+        assert_eq!(pod.sysctls["net.core.somaxconn"], "1");
+        assert_eq!(pod.limits, Limits { cpu_millis: Some(2500), memory: Some(64 << 20) });
+        let file = |name| &pod.files.iter().find(|file| file.name == name).unwrap().text;
+        assert_eq!(file("hostname"), "web-0\n");
+        assert_eq!(
+            file("resolv.conf"),
+            "search svc.cluster.local cluster.local\nnameserver 10.96.0.10\noptions ndots:5\n"
+        );
+    }
+
+    #[test]
+    fn options_of_another_type_or_that_are_broken_are_refused() {
+        let mut request = request(&PodSandboxConfig::new());
+        request.options.mut_or_insert_default().value = vec![0xff];
+        assert!(PodSpec::from_request(&request).is_err());
+        request.options.mut_or_insert_default().type_url = "types.example/Other".into();
+        let message = PodSpec::from_request(&request).unwrap_err().to_string();
+        assert!(message.contains("types.example/Other"), "{message}");
+    }
+
+    #[test]
+    fn a_slice_of_systemd_makes_a_scope() {
+        let parent = "/kubepods.slice/kubepods-pod7.slice";
+        assert_eq!(cgroups_path(parent, "p1"), Some("kubepods-pod7.slice:cri-containerd:p1".into()));
+        assert_eq!(cgroups_path("", "p1"), None);
+    }
+
+    #[test]
+    fn a_vm_is_as_large_as_its_limits_and_the_base_and_no_larger_than_vms_can_be() {
+        let vm = Vm { vcpus: 1, memory_mib: 256, ..Vm::default() };
+        let size = |cpu_millis, memory| {
+            let Size { vcpus, memory_mib } = Limits { cpu_millis, memory }.size(&vm);
+            (vcpus, memory_mib)
+        };
+        assert_eq!(size(None, None), (1, 256));
+        assert_eq!(size(Some(100), Some(1)), (1, 257));
+        assert_eq!(size(Some(2001), Some(512 << 20)), (3, 768));
+        assert_eq!(size(Some(u64::MAX), Some(u64::MAX)), (MAX_VCPUS, MAX_MEMORY_MIB));
+    }
+
+    #[test]
+    fn limits_of_a_pod_come_from_the_annotations_and_those_of_a_container_from_its_resources() {
+        let linux = json!({
+            "namespaces": namespaces(&ALL),
+            "resources": {"cpu": {"quota": 150_000, "period": 50_000}, "memory": {"limit": 4096}},
+        });
+        let container = spec(json!({"ociVersion": "1.1.0", "linux": linux}));
+        let expected = Limits { cpu_millis: Some(3000), memory: Some(4096) };
+        assert_eq!(PodSpec::from_oci(&container).unwrap().limits, expected);
+        let pod = spec(json!({
+            "ociVersion": "1.1.0",
+            "linux": linux,
+            "annotations": {
+                "io.kubernetes.cri.container-type": "sandbox",
+                CPU_QUOTA: "50000", CPU_PERIOD: "100000", MEMORY: "8192",
+            },
+        }));
+        let expected = Limits { cpu_millis: Some(500), memory: Some(8192) };
+        assert_eq!(PodSpec::from_oci(&pod).unwrap().limits, expected);
+    }
+
+    #[test]
+    fn sums_leave_out_what_has_no_limit() {
+        let one = Limits { cpu_millis: Some(500), memory: None };
+        let other = Limits { cpu_millis: Some(700), memory: Some(3) };
+        assert_eq!(one.plus(other), Limits { cpu_millis: Some(1200), memory: Some(3) });
+        assert_eq!(one.max(other), other);
+    }
+
+    #[test]
+    fn a_quota_of_nothing_is_no_limit() {
+        assert_eq!(cpu_millis(0, 100_000), None);
+        assert_eq!(cpu_millis(-1, 100_000), None);
+        assert_eq!(cpu_millis(100_000, 0), Some(1000));
+    }
+}

@@ -1,0 +1,194 @@
+//! The mounts of a container: what comes from the host's files, and what is the guest's own memory.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use mayu_agent_api::VOLUME_DIR;
+use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
+use rustix::fs::{StatFs, statfs};
+
+use super::{Bind, Volume};
+
+/// The file system type of tmpfs in statfs(2).
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+
+/// The pod's `/dev/shm`.
+const SHM: &str = "/dev/shm";
+
+/// What Kubernetes and docker give a pod without a word about it, in bytes.
+const SHM_SIZE: u64 = 64 << 20;
+
+/// The directory in which a kubelet keeps a pod's `emptyDir` volumes.
+const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
+
+/// Points every bind mount at its place under the share, and says what has to be bound there.
+pub(super) fn rewrite_binds(spec: &mut Spec, base: &Path) -> Vec<Bind> {
+    let mut binds = Vec::new();
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        let Some(source) = bind_source(mount) else {
+            continue;
+        };
+        if source.starts_with(VOLUME_DIR) {
+            continue;
+        }
+        mount.set_source(Some(base.join("mounts").join(binds.len().to_string())));
+        binds.push(Bind {
+            source,
+            destination: mount.destination().clone(),
+            recursive: has(mount, "rbind"),
+            read_only: has(mount, "ro") || has(mount, "rro"),
+        });
+    }
+    binds
+}
+
+/// Takes from the host's memory what is meant to be memory of the pod: its `/dev/shm`, where its containers share that, and
+/// `emptyDir` volumes in memory. In the guest they count towards the pod's limit and need no way through the VMM.
+pub(super) fn replace_volumes(spec: &mut Spec) -> Vec<Volume> {
+    let shared_ipc = shares_ipc(spec);
+    let mut volumes = Vec::new();
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        let volume = if shared_ipc && mount.destination() == Path::new(SHM) {
+            Some(shm(mount))
+        } else {
+            bind_source(mount).and_then(|source| memory_volume(&source))
+        };
+        if let Some(volume) = volume {
+            let access = if has(mount, "ro") { "ro" } else { "rw" };
+            let options = ["rbind", "rprivate", "nosuid", "nodev", access].map(str::to_owned);
+            mount
+                .set_typ(Some("bind".into()))
+                .set_source(Some(Path::new(VOLUME_DIR).join(&volume.name)))
+                .set_options(Some(options.to_vec()));
+            volumes.push(volume);
+        }
+    }
+    volumes
+}
+
+fn has(mount: &Mount, option: &str) -> bool {
+    mount.options().iter().flatten().any(|other| other == option)
+}
+
+fn bind_source(mount: &Mount) -> Option<PathBuf> {
+    let is_bind = has(mount, "bind") || has(mount, "rbind") || mount.typ().as_deref() == Some("bind");
+    mount.source().clone().filter(|_| is_bind)
+}
+
+/// A path of the namespace means that of the pod.
+fn shares_ipc(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    namespaces.is_some_and(|all| {
+        all.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Ipc && namespace.path().is_some())
+    })
+}
+
+/// containerd either binds a tmpfs that it has made for the pod, or asks for one.
+fn shm(mount: &Mount) -> Volume {
+    let asked = mount.options().iter().flatten().find_map(|option| bytes(option.strip_prefix("size=")?));
+    let made = bind_source(mount).and_then(|source| tmpfs(&source)).map(|tmpfs| size(&tmpfs));
+    let size = asked.or(made).unwrap_or(SHM_SIZE);
+    Volume { name: "shm".into(), size, mode: 0o1777, uid: 0, gid: 0 }
+}
+
+/// The volume behind a path of the host, if it is an `emptyDir` in memory: what a kubelet has mounted a tmpfs on.
+fn memory_volume(source: &Path) -> Option<Volume> {
+    let name = source.file_name()?.to_str()?;
+    if source.parent()?.file_name()? != EMPTY_DIR {
+        return None;
+    }
+    let tmpfs = tmpfs(source)?;
+    let metadata = fs::metadata(source).ok()?;
+    Some(Volume {
+        name: format!("empty-dir-{name}"),
+        size: size(&tmpfs),
+        mode: metadata.mode() & 0o7777,
+        uid: metadata.uid(),
+        gid: metadata.gid(),
+    })
+}
+
+fn tmpfs(path: &Path) -> Option<StatFs> {
+    statfs(path).ok().filter(|stat| u64::try_from(stat.f_type) == Ok(TMPFS_MAGIC))
+}
+
+fn size(stat: &StatFs) -> u64 {
+    stat.f_blocks.saturating_mul(u64::try_from(stat.f_bsize).unwrap_or_default())
+}
+
+/// A number as tmpfs(5) takes it, with an optional unit.
+fn bytes(text: &str) -> Option<u64> {
+    let (digits, shift) = match text.as_bytes().last()? {
+        b'k' | b'K' => (&text[..text.len() - 1], 10),
+        b'm' | b'M' => (&text[..text.len() - 1], 20),
+        b'g' | b'G' => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    use serde_json::json;
+
+    fn spec(ipc: &serde_json::Value, mount: &serde_json::Value) -> Spec {
+        let value = json!({
+            "ociVersion": "1.1.0",
+            "mounts": [mount],
+            "linux": {"namespaces": [ipc]},
+        });
+        serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn shared_memory_is_the_pods_when_ipc_is_and_else_the_containers() {
+        let mount = json!({
+            "destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+            "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=128m"],
+        });
+        let mut shared = spec(&json!({"type": "ipc", "path": "/proc/7/ns/ipc"}), &mount);
+        let volumes = replace_volumes(&mut shared);
+        let expected = Volume { name: "shm".into(), size: 128 << 20, mode: 0o1777, uid: 0, gid: 0 };
+        assert_eq!(volumes, [expected]);
+        assert!(rewrite_binds(&mut shared, Path::new("/share")).is_empty());
+        let source = shared.mounts().as_ref().unwrap()[0].source().clone().unwrap();
+        assert_eq!(source, Path::new(VOLUME_DIR).join("shm"));
+
+        let mut own = spec(&json!({"type": "ipc"}), &mount);
+        assert!(replace_volumes(&mut own).is_empty());
+        assert_eq!(own.mounts().as_ref().unwrap()[0].typ().as_deref(), Some("tmpfs"));
+    }
+
+    #[test]
+    fn an_empty_dir_is_memory_of_the_guest_only_when_it_is_memory_of_the_host() {
+        let folder = tempfile::tempdir_in("/var/tmp").unwrap();
+        let source = folder.path().join(EMPTY_DIR).join("cache");
+        fs::create_dir_all(&source).unwrap();
+        assert_eq!(memory_volume(&source), None);
+        let options = Some("size=1m,mode=2770,gid=2000");
+        if mount(Some("tmpfs"), &source, Some("tmpfs"), MsFlags::empty(), options).is_err() {
+            eprintln!("SKIPPED: needs root: mounts");
+            return;
+        }
+        let volume = memory_volume(&source);
+        let elsewhere = memory_volume(folder.path());
+        umount2(&source, MntFlags::MNT_DETACH).unwrap();
+        let expected =
+            Volume { name: "empty-dir-cache".into(), size: 1 << 20, mode: 0o2770, uid: 0, gid: 2000 };
+        assert_eq!(volume, Some(expected));
+        assert_eq!(elsewhere, None);
+    }
+
+    #[test]
+    fn sizes_have_the_units_of_tmpfs() {
+        let table =
+            [("65536k", Some(64 << 20)), ("1G", Some(1 << 30)), ("7", Some(7)), ("m", None), ("", None)];
+        for (text, expected) in table {
+            assert_eq!(bytes(text), expected, "{text}");
+        }
+        assert_eq!(bytes("99999999999999999999g"), None);
+    }
+}
