@@ -1,14 +1,19 @@
 //! Pods as a kubelet makes them: through containerd's CRI service.
 
+mod stream;
+
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
-    ContainerConfig, ContainerMetadata, ContainerState, ContainerStats, ContainerStatsRequest,
-    ContainerStatus, ContainerStatusRequest, CreateContainerRequest, ExecSyncRequest, ExecSyncResponse,
-    ImageSpec, LinuxContainerResources, LinuxPodSandboxConfig, PodSandboxConfig, PodSandboxMetadata,
-    PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
-    StartContainerRequest, StopContainerRequest, StopPodSandboxRequest, UpdateContainerResourcesRequest,
+    AttachRequest, ContainerConfig, ContainerMetadata, ContainerState, ContainerStats, ContainerStatsRequest,
+    ContainerStatus, ContainerStatusRequest, CreateContainerRequest, ExecRequest, ExecSyncRequest,
+    ExecSyncResponse, ImageSpec, LinuxContainerResources, LinuxPodSandboxConfig, PodSandboxConfig,
+    PodSandboxMetadata, PodSandboxState, PodSandboxStats, PodSandboxStatsRequest, PodSandboxStatusRequest,
+    PodSandboxStatusResponse, PortForwardRequest, RemoveContainerRequest, RemovePodSandboxRequest,
+    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    UpdateContainerResourcesRequest,
 };
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
@@ -16,8 +21,13 @@ use tonic::{Request, Status};
 
 use crate::{PATIENCE, ctr, run};
 
+pub use stream::{Finished, Forward, Session};
+
 /// The runtime handler of mayu in containerd's configuration, as a RuntimeClass names it.
 const HANDLER: &str = "mayu";
+
+/// The environment variable that names another handler, for the same tests on another way of driving pods.
+const HANDLER_VARIABLE: &str = "MAYU_TEST_HANDLER";
 
 /// containerd's namespace of CRI.
 const NAMESPACE: &str = "k8s.io";
@@ -54,26 +64,47 @@ impl Cri {
     ///
     /// # Errors
     /// containerd's answer.
-    pub fn run_pod(mut self, linux: LinuxPodSandboxConfig) -> Result<Pod, Status> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("pod-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let metadata = PodSandboxMetadata {
-            uid: name.clone(),
-            namespace: "test".into(),
-            name: name.clone(),
-            attempt: 0,
-        };
-        let config = PodSandboxConfig {
-            metadata: Some(metadata),
-            hostname: name,
-            log_directory: String::new(),
-            linux: Some(linux),
-            ..Default::default()
-        };
-        let request = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: HANDLER.into() };
+    pub fn run_pod(self, linux: LinuxPodSandboxConfig) -> Result<Pod, Status> {
+        self.run(pod_config(linux))
+    }
+
+    /// Runs a pod with the handler under test, to the last detail.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn run(self, config: PodSandboxConfig) -> Result<Pod, Status> {
+        self.run_as(config, &handler())
+    }
+
+    /// Runs a pod with another handler.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn run_as(mut self, config: PodSandboxConfig, handler: &str) -> Result<Pod, Status> {
+        let request = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.into() };
         let answer = self.runtime.block_on(self.client.run_pod_sandbox(Request::new(request)))?;
         Ok(Pod { cri: self, id: answer.into_inner().pod_sandbox_id, config })
     }
+}
+
+/// A pod that is to be run, with a name that no other has.
+pub fn pod_config(linux: LinuxPodSandboxConfig) -> PodSandboxConfig {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let name = format!("pod-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    let metadata =
+        PodSandboxMetadata { uid: name.clone(), namespace: "test".into(), name: name.clone(), attempt: 0 };
+    PodSandboxConfig {
+        metadata: Some(metadata),
+        hostname: name.clone(),
+        log_directory: format!("/var/log/pods/{name}"),
+        linux: Some(linux),
+        ..Default::default()
+    }
+}
+
+/// The handler under test.
+fn handler() -> String {
+    std::env::var(HANDLER_VARIABLE).unwrap_or_else(|_| HANDLER.to_owned())
 }
 
 /// A container that is to be created.
@@ -82,6 +113,7 @@ pub fn container(name: &str, image: &str, command: &[&str]) -> ContainerConfig {
         metadata: Some(ContainerMetadata { name: name.into(), attempt: 0 }),
         image: Some(ImageSpec { image: image.into(), ..Default::default() }),
         command: command.iter().map(ToString::to_string).collect(),
+        log_path: format!("{name}.log"),
         ..Default::default()
     }
 }
@@ -109,15 +141,97 @@ impl Pod {
         &self.config.hostname
     }
 
+    /// What CRI says of it, with the details for operators.
+    ///
+    /// # Panics
+    /// containerd does not know it.
+    pub fn describe(&mut self) -> PodSandboxStatusResponse {
+        let request = PodSandboxStatusRequest { pod_sandbox_id: self.id.clone(), verbose: true };
+        let call = self.cri.client.pod_sandbox_status(request);
+        self.cri.runtime.block_on(call).expect("the pod is known").into_inner()
+    }
+
     /// Whether CRI says that it is ready.
     ///
     /// # Panics
     /// containerd does not know it.
     pub fn ready(&mut self) -> bool {
-        let request = PodSandboxStatusRequest { pod_sandbox_id: self.id.clone(), verbose: false };
-        let call = self.cri.client.pod_sandbox_status(request);
-        let answer = self.cri.runtime.block_on(call).expect("the pod is known").into_inner();
-        answer.status.expect("a status").state == 0
+        self.describe().status.expect("a status").state() == PodSandboxState::SandboxReady
+    }
+
+    /// Its addresses, the preferred one first.
+    ///
+    /// # Panics
+    /// It has no network.
+    pub fn addresses(&mut self) -> Vec<IpAddr> {
+        let network = self.describe().status.and_then(|status| status.network).expect("a network");
+        let more = network.additional_ips.into_iter().map(|ip| ip.ip);
+        [network.ip].into_iter().chain(more).map(|ip| ip.parse().expect("an address")).collect()
+    }
+
+    /// Its first address.
+    ///
+    /// # Panics
+    /// As [`Pod::addresses`].
+    pub fn address(&mut self) -> IpAddr {
+        self.addresses()[0]
+    }
+
+    /// What containerd has written of a container's output, in the format of CRI.
+    ///
+    /// # Panics
+    /// There is no such file.
+    pub fn log(&self, name: &str) -> String {
+        let path = format!("{}/{name}.log", self.config.log_directory);
+        std::fs::read_to_string(path).expect("a log")
+    }
+
+    /// What it uses.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn pod_stats(&mut self) -> Result<PodSandboxStats, Status> {
+        let request = PodSandboxStatsRequest { pod_sandbox_id: self.id.clone() };
+        let answer = self.cri.runtime.block_on(self.cri.client.pod_sandbox_stats(request))?;
+        Ok(answer.into_inner().stats.expect("statistics"))
+    }
+
+    /// Opens a stream to a program that is started in a container.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn stream_exec(&mut self, container: &str, command: &[&str], tty: bool) -> Result<Session, Status> {
+        let request = ExecRequest {
+            container_id: container.into(),
+            cmd: command.iter().map(ToString::to_string).collect(),
+            tty,
+            stdin: true,
+            stdout: true,
+            stderr: !tty,
+        };
+        let answer = self.cri.runtime.block_on(self.cri.client.exec(request))?;
+        Ok(Session::open(&answer.into_inner().url))
+    }
+
+    /// Opens a stream to the first program of a container.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn attach(&mut self, container: &str, tty: bool) -> Result<Session, Status> {
+        let request =
+            AttachRequest { container_id: container.into(), stdin: true, tty, stdout: true, stderr: !tty };
+        let answer = self.cri.runtime.block_on(self.cri.client.attach(request))?;
+        Ok(Session::open(&answer.into_inner().url))
+    }
+
+    /// Opens a stream to a port of the pod's loopback.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn forward(&mut self, port: u16) -> Result<Forward, Status> {
+        let request = PortForwardRequest { pod_sandbox_id: self.id.clone(), port: vec![port.into()] };
+        let answer = self.cri.runtime.block_on(self.cri.client.port_forward(request))?;
+        Ok(Forward::open(&answer.into_inner().url))
     }
 
     /// Creates and starts a container of it.
@@ -133,16 +247,32 @@ impl Pod {
     /// # Errors
     /// containerd's answer.
     pub fn run_container(&mut self, config: ContainerConfig) -> Result<String, Status> {
+        let id = self.create(config)?;
+        self.start(&id)?;
+        Ok(id)
+    }
+
+    /// Creates a container of it.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn create(&mut self, config: ContainerConfig) -> Result<String, Status> {
         let request = CreateContainerRequest {
             pod_sandbox_id: self.id.clone(),
             config: Some(config),
             sandbox_config: Some(self.config.clone()),
         };
-        let Cri { runtime, client } = &mut self.cri;
-        let id = runtime.block_on(client.create_container(request))?.into_inner().container_id;
-        let request = StartContainerRequest { container_id: id.clone() };
-        runtime.block_on(client.start_container(request))?;
-        Ok(id)
+        let call = self.cri.client.create_container(request);
+        Ok(self.cri.runtime.block_on(call)?.into_inner().container_id)
+    }
+
+    /// Starts a container that was created.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn start(&mut self, container: &str) -> Result<(), Status> {
+        let request = StartContainerRequest { container_id: container.into() };
+        self.cri.runtime.block_on(self.cri.client.start_container(request)).map(drop)
     }
 
     /// Runs a shell script in a container: its exit code and its standard output.

@@ -5,13 +5,13 @@
 mod basics;
 mod check;
 mod cleanup;
+mod cri;
 mod exec;
 mod faults;
 mod files;
 mod input;
 mod isolation;
 mod lifecycle;
-mod pods;
 mod process;
 mod programs;
 mod resources;

@@ -9,23 +9,11 @@ use k8s_cri::v1::{
     Mount,
 };
 use mayu_e2e::BUSYBOX;
-use mayu_e2e::cri::{Cri, Pod, container};
+use mayu_e2e::cri::{Cri, container};
 use mayu_e2e::host::{Traces, processes_named};
 use mayu_e2e::shim::eventually;
 
-fn pod() -> Pod {
-    Cri::connect(&[BUSYBOX]).run_pod(LinuxPodSandboxConfig::default()).unwrap()
-}
-
-fn idle(pod: &mut Pod, name: &str) -> String {
-    pod.run(name, BUSYBOX, &["sleep", "infinity"]).unwrap()
-}
-
-fn script(pod: &mut Pod, container: &str, script: &str) -> String {
-    let (code, text) = pod.exec(container, script).unwrap();
-    assert_eq!(code, 0, "{text}");
-    text
-}
+use super::{idle, pod, script};
 
 #[test]
 fn the_containers_of_a_pod_share_a_machine_its_name_and_its_loopback() {
