@@ -7,6 +7,7 @@ use std::{env, fs, io};
 use mayu_vmm_api::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
 use serde::Deserialize;
 
+use crate::annotations::ALL;
 use crate::{Error, Result};
 
 /// The configuration file, unless [`PATH_VARIABLE`] names another.
@@ -21,8 +22,18 @@ pub const PATH_VARIABLE: &str = "MAYU_CONFIG";
 pub struct Config {
     /// The machine that every pod gets.
     pub vm: Vm,
+    /// What a pod may ask for.
+    pub annotations: Annotations,
     /// How long things may take.
     pub timeouts: Timeouts,
+}
+
+/// What a pod may ask for with annotations.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Annotations {
+    /// Their names; others of mayu's are refused.
+    pub allowed: Vec<String>,
 }
 
 /// The machine that every pod gets.
@@ -168,6 +179,12 @@ impl Config {
                 return Err((key, format!("{} is not an absolute path", path.display())));
             }
         }
+        if let Some(unknown) = self.annotations.allowed.iter().find(|name| !ALL.contains(&name.as_str())) {
+            return Err((
+                "allowed",
+                format!("there is no annotation {unknown:?}; there are {}", ALL.join(", ")),
+            ));
+        }
         let Timeouts { boot, request, shutdown, .. } = self.timeouts;
         for (key, seconds) in [("boot", boot), ("request", request), ("shutdown", shutdown)] {
             if seconds == 0 {
@@ -227,6 +244,7 @@ mod tests {
             ("[vm]\nkernel = \"vmlinux\"\n", ": line 2: ", "kernel: vmlinux"),
             ("[timeouts]\nboot = 0\n", ": line 2: ", "boot"),
             ("[timeouts]\nboot = -1\n", ": line 2: ", "-1"),
+            ("[annotations]\nallowed = [\"io.mayu.root\"]\n", ": line 2: ", "io.mayu.root"),
             ("[vm\n", ": line 1: ", ""),
         ];
         for (text, line, key) in table {

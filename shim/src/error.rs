@@ -54,6 +54,22 @@ pub enum Error {
         /// Kubernetes' name of the wish.
         field: &'static str,
     },
+    /// An annotation of the pod that cannot be heeded.
+    #[error("annotation {name}: {reason}")]
+    Annotation {
+        /// Its name, shortened.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// A device of the host that the guest does not get.
+    #[error("device {}: {reason}", path.display())]
+    Device {
+        /// Its path in the container.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// A container that is to see the processes of another one, and no telling which.
     #[error("the target of the PID namespace cannot be told: containerd names it by the VM, and {} have namespaces of their own;              share the pod's PID namespace instead (shareProcessNamespace)", candidates.join(", "))]
     AmbiguousTarget {
@@ -250,6 +266,8 @@ impl Error {
             | Self::MountSource { .. }
             | Self::InvalidArgument(_)
             | Self::HostNamespace { .. }
+            | Self::Annotation { .. }
+            | Self::Device { .. }
             | Self::OpenStdio { .. } => Code::INVALID_ARGUMENT,
             Self::NotFound { .. } | Self::Finished => Code::NOT_FOUND,
             Self::AlreadyExists { .. } => Code::ALREADY_EXISTS,

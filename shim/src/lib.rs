@@ -9,6 +9,7 @@
 //! `containerd-shim-mayu-v2 delete` cleans up ([`delete`]).
 
 pub mod agent;
+pub mod annotations;
 pub mod cgroup;
 pub mod config;
 pub mod console;

@@ -21,7 +21,7 @@ use crate::pod_spec::{PodSpec, Size};
 use crate::sandbox::{Blueprint, Sandbox};
 use crate::state_dir::StateDir;
 use crate::storage::{self, Storage};
-use crate::{Error, Result, exits, id, spec};
+use crate::{Error, Result, annotations, exits, id, spec};
 
 pub use api::Requested;
 
@@ -158,7 +158,8 @@ impl Pod {
     }
 
     async fn boot(self: &Arc<Self>, storage: Option<Storage>, spec: PodSpec) -> Result<Arc<Sandbox>> {
-        let config = Config::load_from(&self.roots.config)?;
+        let mut config = Config::load_from(&self.roots.config)?;
+        config.vm = annotations::apply(&config, &spec.annotations)?;
         let size = spec.limits.size(&config.vm);
         check_memory(size)?;
         let dir = StateDir::new(&self.roots.state, &self.namespace, &self.id)?;

@@ -9,6 +9,7 @@ use mayu_vmm_api::{MAX_MEMORY_MIB, MAX_VCPUS};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use protobuf::Message;
 
+use crate::annotations::{self, Annotations};
 use crate::config::Vm;
 use crate::container::Role;
 use crate::cri::{DNSConfig, NamespaceMode, NamespaceOption, PodSandboxConfig};
@@ -42,6 +43,8 @@ pub struct PodSpec {
     pub network: Option<PathBuf>,
     /// What its containers may use together.
     pub limits: Limits,
+    /// What it asks for itself.
+    pub annotations: Annotations,
     /// Files that a client which does not write them itself leaves to the shim.
     pub files: Vec<PodFile>,
 }
@@ -93,6 +96,7 @@ impl PodSpec {
                 .and_then(|linux| linux.sysctl().clone())
                 .unwrap_or_default(),
             network,
+            annotations: annotations::ours(spec.annotations().iter().flatten()),
             limits: match role(spec) {
                 Role::Pod => annotated_limits(spec),
                 Role::Workload => Limits::of_container(spec),
@@ -129,6 +133,7 @@ impl PodSpec {
         let memory = resources.memory_limit_in_bytes;
         Ok(Self {
             files: pod_files(&config.hostname, config.dns_config.as_ref()),
+            annotations: annotations::ours(&config.annotations),
             hostname: Some(config.hostname).filter(|name| !name.is_empty()),
             cgroups_path: cgroups_path(&linux.cgroup_parent, id),
             sysctls: linux.sysctls,
