@@ -16,6 +16,7 @@ pub mod console;
 pub mod container;
 pub mod cri;
 pub mod delete;
+pub mod devices;
 pub mod error;
 pub mod events;
 pub mod exits;

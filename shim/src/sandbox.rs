@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use mayu_agent_api::{READY_PORT, RPC_PORT, STREAM_PORT, StreamId};
 use mayu_vmm_api::{Event, EventStream, ExitReason, Request, VmConfig, VmmClient};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-use slog::{Logger, info, warn};
+use slog::{Logger, debug, info, warn};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, watch};
@@ -22,6 +22,7 @@ use crate::cgroup;
 use crate::config::Config;
 use crate::console::{Console, Source};
 use crate::delete::start_time;
+use crate::devices::{BlockDevice, Place, Slots};
 use crate::error::{file, system};
 use crate::pod_spec::{PodFile, PodSpec, Size};
 use crate::spec::Volume;
@@ -62,6 +63,8 @@ pub struct Sandbox {
     pub files: Vec<(&'static str, PathBuf)>,
     /// The names of the guest's volumes.
     volumes: Mutex<HashSet<String>>,
+    /// What is in the block slots.
+    slots: Mutex<Slots>,
     size: Size,
     vmm: VmmProcess,
     client: Arc<VmmClient>,
@@ -117,6 +120,7 @@ impl Sandbox {
                     agent,
                     files: pod_files,
                     volumes: Mutex::default(),
+                    slots: Mutex::default(),
                     size,
                     vmm,
                     client,
@@ -171,6 +175,42 @@ impl Sandbox {
             }
         }
         Ok(())
+    }
+
+    /// Puts a container's block devices into slots. Says which device is in which.
+    ///
+    /// # Errors
+    /// [`Error::Device`] or [`Error::Vmm`]; [`Sandbox::release_devices`] takes back what was done.
+    pub async fn attach_devices(
+        &self,
+        container: &str,
+        devices: &[BlockDevice],
+    ) -> Result<Vec<((i64, i64), u8)>> {
+        let mut slots = self.slots.lock().await;
+        let mut places = Vec::new();
+        for device in devices {
+            let slot = match slots.take(device, container)? {
+                Place::There(slot) => slot,
+                Place::Empty(slot) => {
+                    let file = device.open()?;
+                    let attach = Request::AttachBlock { slot, read_only: device.read_only };
+                    self.client.request(attach, &[file.as_fd()]).await?;
+                    slot
+                }
+            };
+            places.push((device.number, slot));
+        }
+        Ok(places)
+    }
+
+    /// Takes away the block devices that a container was the last to use.
+    pub async fn release_devices(&self, container: &str) {
+        let mut slots = self.slots.lock().await;
+        for slot in slots.release(container) {
+            if let Err(error) = self.client.request(Request::DetachBlock { slot }, &[]).await {
+                debug!(self.log, "a block slot stays as it is"; "slot" => slot, "error" => error.to_string());
+            }
+        }
     }
 
     /// An identifier for the next stdio stream.
@@ -372,7 +412,7 @@ fn describe(reason: ExitReason) -> String {
 async fn connect(client: &VmmClient, port: u32) -> Result<UnixStream> {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)
         .map_err(system("create a stream to the guest"))?;
-    client.request(Request::VsockConnect { port }, &[std::os::fd::AsFd::as_fd(&theirs)]).await?;
+    client.request(Request::VsockConnect { port }, &[theirs.as_fd()]).await?;
     into_stream(ours)
 }
 

@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use mayu_agent_api::SHARE_DIR;
-use oci_spec::runtime::{LinuxDevice, LinuxNamespace, LinuxNamespaceType, Mount, Process, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Mount, Process, Spec};
 use slog::{Logger, info, warn};
 
 use crate::container::{PidNamespace, Role};
-use crate::{Error, Result};
+use crate::devices::{self, BlockDevice};
+use crate::{Error, Result, annotations};
 
 /// The name of the spec in a bundle.
 const FILE: &str = "config.json";
@@ -23,10 +24,6 @@ pub const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 
 /// The annotation by which CRI tells the pod itself, `sandbox`, from its containers.
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
-
-/// Character devices that exist in every guest.
-const GUEST_DEVICES: [&str; 7] =
-    ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/console"];
 
 /// A bind mount of the spec: what the shim has to bind under the share.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,6 +77,8 @@ pub struct GuestSpec {
     pub binds: Vec<Bind>,
     /// What the guest is to have before the container is created.
     pub volumes: Vec<Volume>,
+    /// What has to be in a block slot before the container is created.
+    pub devices: Vec<BlockDevice>,
 }
 
 /// Reads the bundle's `config.json`.
@@ -148,12 +147,20 @@ pub fn for_guest(mut spec: Spec, origin: Origin<'_>, log: &Logger) -> Result<Gue
     add_files(&mut spec, origin.files, read_only);
     let volumes = mounts::replace_volumes(&mut spec);
     let binds = mounts::rewrite_binds(&mut spec, &base);
-    rewrite_linux(&mut spec, origin, log);
+    let devices = rewrite_linux(&mut spec, origin, log)?;
+    keep_annotations_of_clients_out(&mut spec);
     if spec.hooks().is_some() {
         warn!(log, "the spec's hooks are not run: they are programs of the host");
         spec.set_hooks(None);
     }
-    Ok(GuestSpec { spec, root: host_root, binds, volumes })
+    Ok(GuestSpec { spec, root: host_root, binds, volumes, devices })
+}
+
+/// The agent trusts annotations of mayu: they come from the shim alone.
+fn keep_annotations_of_clients_out(spec: &mut Spec) {
+    if let Some(annotations) = spec.annotations_mut() {
+        annotations.retain(|name, _| !name.starts_with(annotations::PREFIX));
+    }
 }
 
 /// Mounts the pod's files where the spec mounts nothing.
@@ -188,8 +195,8 @@ pub fn rewrite_process(process: &mut Process, log: &Logger) {
     process.set_selinux_label(None);
 }
 
-fn rewrite_linux(spec: &mut Spec, origin: Origin<'_>, log: &Logger) {
-    let Some(linux) = spec.linux_mut() else { return };
+fn rewrite_linux(spec: &mut Spec, origin: Origin<'_>, log: &Logger) -> Result<Vec<BlockDevice>> {
+    let Some(linux) = spec.linux_mut() else { return Ok(Vec::new()) };
     let namespaces = linux.namespaces().iter().flatten();
     let namespaces: Vec<_> =
         namespaces.filter_map(|namespace| guest_namespace(namespace, origin.pid_namespace)).collect();
@@ -198,12 +205,11 @@ fn rewrite_linux(spec: &mut Spec, origin: Origin<'_>, log: &Logger) {
     linux.set_cgroups_path(Some(Path::new("/mayu").join(origin.id)));
     linux.set_mount_label(None);
     linux.set_intel_rdt(None);
-    if let Some(devices) = linux.devices_mut() {
-        devices.retain(|device| is_guest_device(device, log));
-    }
+    let devices = devices::select(linux, log)?;
     if !own_hostname {
         spec.set_hostname(None);
     }
+    Ok(devices)
 }
 
 /// The guest's network is the pod's, so every container shares it. A path names the namespace of another process of the
@@ -221,14 +227,6 @@ fn guest_namespace(namespace: &LinuxNamespace, pid: &PidNamespace) -> Option<Lin
         _ => None,
     });
     (!shared).then_some(guest)
-}
-
-fn is_guest_device(device: &LinuxDevice, log: &Logger) -> bool {
-    let known = GUEST_DEVICES.iter().any(|path| Path::new(path) == device.path());
-    if !known {
-        warn!(log, "a device of the host is not in the guest"; "path" => device.path().display().to_string());
-    }
-    known
 }
 
 #[cfg(test)]
@@ -366,6 +364,7 @@ mod tests {
             }),
             &json!([]),
         );
+        spec["annotations"] = json!({"io.mayu.guest.block-devices": "{}", "mine": "x"});
         spec["hooks"] = json!({"prestart": [{"path": "/bin/hook"}]});
         spec["process"]["apparmorProfile"] = json!("docker-default");
         spec["process"]["selinuxLabel"] = json!("svirt");
@@ -373,7 +372,9 @@ mod tests {
         let linux = guest.spec.linux().as_ref().unwrap();
         assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/mayu/c1")));
         assert_eq!(linux.mount_label(), &None);
-        assert_eq!(linux.devices().as_ref().unwrap().len(), 1);
+        assert_eq!(linux.devices().as_ref().unwrap().len(), 2);
+        assert_eq!(guest.devices[0].number, (8, 0));
+        assert_eq!(guest.spec.annotations().as_ref().unwrap().keys().collect::<Vec<_>>(), ["mine"]);
         let resources = linux.resources().as_ref().unwrap();
         assert_eq!(resources.pids().as_ref().unwrap().limit(), 7);
         assert_eq!(resources.devices().as_ref().unwrap().len(), 1);

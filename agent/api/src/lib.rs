@@ -51,6 +51,10 @@ pub const FORWARD_PORT: u32 = 1027;
 /// Below it lie the volumes that `CreateVolume` makes, each under its name.
 pub const VOLUME_DIR: &str = "/run/mayu/volumes";
 
+/// The annotation of a container's spec that says which of its block devices is which of the guest's: a JSON object from the
+/// `major:minor` that the spec has to the serial number of the guest's disk (`/sys/block/*/serial`).
+pub const BLOCK_DEVICES: &str = "io.mayu.guest.block-devices";
+
 /// What a container's spec gives as the path of the pod's own PID namespace. The agent makes the namespace, with a process that
 /// collects its orphans, for the first container that asks for it.
 pub const POD_PID_NAMESPACE: &str = "/run/mayu/namespaces/pid";

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest};
 use containerd_shim_protos::events::task::{TaskCreate, TaskExecAdded, TaskIO};
 use containerd_shim_protos::shim_async::TaskClient;
-use mayu_agent_api::{PROCESS_TYPE_URL, SPEC_TYPE_URL};
+use mayu_agent_api::{BLOCK_DEVICES, PROCESS_TYPE_URL, SPEC_TYPE_URL};
 use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
@@ -22,7 +22,7 @@ use crate::sandbox::Sandbox;
 use crate::spec::{self, GuestSpec, Origin};
 use crate::stdio::{Endpoints, Opened, Streams};
 use crate::storage::Storage;
-use crate::{Error, Result, id};
+use crate::{Error, Result, devices, id};
 
 impl Pod {
     /// Creates a container; for the first one the VM as well.
@@ -80,11 +80,18 @@ impl Pod {
                     pid_namespace: &container.pid_namespace,
                     files: &files,
                 };
-                let GuestSpec { spec, root, binds, volumes } = spec::for_guest(spec, origin, &log)?;
+                let GuestSpec { mut spec, root, binds, volumes, devices } =
+                    spec::for_guest(spec, origin, &log)?;
                 let rootfs = request.rootfs.clone();
                 let storage = Storage { container_id: container.id.clone(), rootfs, root, binds };
                 let sandbox = self.sandbox_with(Some(storage), pod).await?;
                 sandbox.provide(volumes).await?;
+                if !devices.is_empty() {
+                    let places = sandbox.attach_devices(&container.id, &devices).await?;
+                    let mut annotations = spec.annotations().clone().unwrap_or_default();
+                    annotations.insert(BLOCK_DEVICES.into(), devices::annotation(&places));
+                    spec.set_annotations(Some(annotations));
+                }
                 self.create_in_guest(&sandbox, container, &spec, request.terminal).await?;
                 sandbox
             }
@@ -143,6 +150,7 @@ impl Pod {
         }
         // Where the agent has made no container there is nothing to delete.
         let _ = self.delete_in_guest(&container.id, "").await;
+        sandbox.release_devices(&container.id).await;
         self.detach_storage(&sandbox, &container.id).await;
     }
 

@@ -52,6 +52,7 @@ impl Pod {
             }
         }
         if let Ok(sandbox) = self.sandbox() {
+            sandbox.release_devices(&container.id).await;
             self.detach_storage(&sandbox, &container.id).await;
         }
         self.lock().containers.remove(&container.id);
