@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use mayu_agent_api::{CONTAINER_PID_NAMESPACE, POD_PID_NAMESPACE};
 
+use crate::hooks::ContainerHooks;
 use crate::pod_spec::Limits;
 use crate::process::Process;
 use crate::stdio::Endpoints;
@@ -58,6 +59,8 @@ pub struct Container {
     pub bundle: PathBuf,
     /// Whose processes it sees.
     pub pid_namespace: PidNamespace,
+    /// Programs of the host that its client wants run.
+    pub hooks: OnceLock<ContainerHooks>,
     /// What it may use.
     limits: Mutex<Limits>,
     /// Its first process.
@@ -73,6 +76,7 @@ impl Container {
             role,
             bundle: bundle.into(),
             pid_namespace: PidNamespace::Own,
+            hooks: OnceLock::new(),
             limits: Mutex::default(),
             init: Arc::new(Process::new(id, "", endpoints)),
             execs: Mutex::default(),

@@ -70,6 +70,14 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// A program that the client wants run did not do its work.
+    #[error("hook {}: {reason}", path.display())]
+    Hook {
+        /// The program.
+        path: PathBuf,
+        /// How it ended and what it said.
+        reason: String,
+    },
     /// A container that is to see the processes of another one, and no telling which.
     #[error("the target of the PID namespace cannot be told: containerd names it by the VM, and {} have namespaces of their own;              share the pod's PID namespace instead (shareProcessNamespace)", candidates.join(", "))]
     AmbiguousTarget {
@@ -284,6 +292,7 @@ impl Error {
             Self::Agent { status } => status.code(),
             Self::File { .. }
             | Self::Mount { .. }
+            | Self::Hook { .. }
             | Self::Spawn { .. }
             | Self::Stats { .. }
             | Self::System { .. }

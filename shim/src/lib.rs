@@ -20,6 +20,7 @@ pub mod devices;
 pub mod error;
 pub mod events;
 pub mod exits;
+pub mod hooks;
 pub mod id;
 pub mod info;
 pub mod log;

@@ -7,10 +7,11 @@ use std::{fs, io};
 
 use mayu_agent_api::SHARE_DIR;
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Mount, Process, Spec};
-use slog::{Logger, info, warn};
+use slog::{Logger, info};
 
 use crate::container::{PidNamespace, Role};
 use crate::devices::{self, BlockDevice};
+use crate::hooks::ContainerHooks;
 use crate::{Error, Result, annotations};
 
 /// The name of the spec in a bundle.
@@ -79,6 +80,8 @@ pub struct GuestSpec {
     pub volumes: Vec<Volume>,
     /// What has to be in a block slot before the container is created.
     pub devices: Vec<BlockDevice>,
+    /// Programs of the host.
+    pub hooks: ContainerHooks,
 }
 
 /// Reads the bundle's `config.json`.
@@ -149,11 +152,8 @@ pub fn for_guest(mut spec: Spec, origin: Origin<'_>, log: &Logger) -> Result<Gue
     let binds = mounts::rewrite_binds(&mut spec, &base);
     let devices = rewrite_linux(&mut spec, origin, log)?;
     keep_annotations_of_clients_out(&mut spec);
-    if spec.hooks().is_some() {
-        warn!(log, "the spec's hooks are not run: they are programs of the host");
-        spec.set_hooks(None);
-    }
-    Ok(GuestSpec { spec, root: host_root, binds, volumes, devices })
+    let hooks = ContainerHooks::take(&mut spec, origin.id, origin.bundle, log);
+    Ok(GuestSpec { spec, root: host_root, binds, volumes, devices, hooks })
 }
 
 /// The agent trusts annotations of mayu: they come from the shim alone.

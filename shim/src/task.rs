@@ -22,6 +22,7 @@ use ttrpc::context::Context;
 
 use crate::container::Role;
 use crate::exits::{self, publish_exit};
+use crate::hooks::Point;
 use crate::pod::Pod;
 use crate::process::{Process, State, Step};
 use crate::sandbox::Sandbox;
@@ -215,6 +216,10 @@ async fn start(pod: Arc<Pod>, request: StartRequest) -> Result<StartResponse> {
     }
     // Only now may its end be published.
     process.step(Step::Started, "start")?;
+    if let Some(hooks) = container.hooks.get().filter(|_| request.exec_id.is_empty()) {
+        // Failures are logged there.
+        let _ = hooks.run(Point::Started, pid, &pod.log).await;
+    }
     debug!(pod.log, "process started"; "container" => &container.id, "process" => process.id());
     Ok(StartResponse { pid, ..Default::default() })
 }

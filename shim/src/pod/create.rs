@@ -16,6 +16,7 @@ use ttrpc::context::Context;
 
 use super::{Pod, Vm};
 use crate::container::{Container, Role};
+use crate::hooks::Point;
 use crate::pod_spec::{Limits, PodSpec, refuse_host_namespaces};
 use crate::process::{Process, State, Step};
 use crate::sandbox::Sandbox;
@@ -80,7 +81,7 @@ impl Pod {
                     pid_namespace: &container.pid_namespace,
                     files: &files,
                 };
-                let GuestSpec { mut spec, root, binds, volumes, devices } =
+                let GuestSpec { mut spec, root, binds, volumes, devices, hooks } =
                     spec::for_guest(spec, origin, &log)?;
                 let rootfs = request.rootfs.clone();
                 let storage = Storage { container_id: container.id.clone(), rootfs, root, binds };
@@ -92,6 +93,8 @@ impl Pod {
                     annotations.insert(BLOCK_DEVICES.into(), devices::annotation(&places));
                     spec.set_annotations(Some(annotations));
                 }
+                let hooks = container.hooks.get_or_init(|| hooks);
+                hooks.run(Point::Created, sandbox.pid(), &log).await?;
                 self.create_in_guest(&sandbox, container, &spec, request.terminal).await?;
                 sandbox
             }

@@ -8,6 +8,7 @@ use ttrpc::context::Context;
 use super::Pod;
 use crate::Result;
 use crate::container::{Container, Role};
+use crate::hooks::Point;
 use crate::process::{Process, Step};
 
 impl Pod {
@@ -54,6 +55,10 @@ impl Pod {
         if let Ok(sandbox) = self.sandbox() {
             sandbox.release_devices(&container.id).await;
             self.detach_storage(&sandbox, &container.id).await;
+        }
+        if let Some(hooks) = container.hooks.get() {
+            // Failures are logged there.
+            let _ = hooks.run(Point::Deleted, pid, &self.log).await;
         }
         self.lock().containers.remove(&container.id);
         let exit = init.wait().await;
