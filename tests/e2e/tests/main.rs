@@ -6,6 +6,7 @@ mod basics;
 mod check;
 mod cleanup;
 mod cri;
+mod docker;
 mod exec;
 mod faults;
 mod files;

@@ -1,7 +1,10 @@
 //! What a kubelet asks for. Every test here runs once for each way in which containerd drives a pod: its tests make pods with
 //! the runtime handler that the environment names.
 
+mod network;
 mod pods;
+mod resources;
+mod service;
 
 use k8s_cri::v1::LinuxPodSandboxConfig;
 use mayu_e2e::BUSYBOX;
