@@ -3,6 +3,7 @@
 //! It serves containerd's own Task service and the small Sandbox service of [`mayu_agent_api`]. The library is
 //! the agent without its boot, so that tests can run it on a host with cgroup v2.
 
+mod block_devices;
 mod cgroup;
 pub mod console;
 mod container;

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::future::Future;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -20,6 +21,7 @@ use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use ttrpc::asynchronous::TtrpcContext;
 
+use crate::block_devices;
 use crate::container::Container;
 use crate::error::{Error, Result};
 use crate::process::Process;
@@ -70,6 +72,7 @@ impl Containers {
     async fn create(&self, request: CreateTaskRequest) -> Result<Arc<Container>> {
         check_id(&request.id)?;
         let mut spec = spec::read_spec(request.options.as_ref())?;
+        block_devices::translate(&mut spec, Path::new(block_devices::DISKS)).await?;
         let plan = spec::adapt_spec(&mut spec, &request.id, request.terminal)?;
         let stdio = StdioRequest {
             terminal: request.terminal,
