@@ -1,6 +1,7 @@
 //! What a kubelet asks for. Every test here runs once for each way in which containerd drives a pod: its tests make pods with
 //! the runtime handler that the environment names.
 
+mod devices;
 mod network;
 mod pods;
 mod resources;

@@ -1,0 +1,110 @@
+//! Devices that a container asks for: raw block volumes, and what there is none of.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use k8s_cri::v1::{ContainerConfig, Device};
+use mayu_e2e::cri::container;
+use mayu_e2e::{BUSYBOX, run};
+
+use super::{idle, pod, script};
+
+/// A loop device over a file, until the end of the test.
+struct Disk {
+    file: tempfile::NamedTempFile,
+    path: PathBuf,
+}
+
+impl Disk {
+    fn new(bytes: u64) -> Self {
+        let file = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
+        file.as_file().set_len(bytes).unwrap();
+        drop(run(Command::new("modprobe").arg("loop")));
+        let attach = ["--find", "--show", file.path().to_str().unwrap()];
+        let path = run(Command::new("losetup").args(attach)).success().text().into();
+        Self { file, path }
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        run(Command::new("losetup").args(["--detach", self.path.to_str().unwrap()]));
+    }
+}
+
+fn with_disk(name: &str, disk: &Disk, permissions: &str) -> ContainerConfig {
+    let device = Device {
+        container_path: "/dev/xvda".into(),
+        host_path: disk.path.display().to_string(),
+        permissions: permissions.into(),
+    };
+    ContainerConfig { devices: vec![device], ..container(name, BUSYBOX, &["sleep", "infinity"]) }
+}
+
+#[test]
+fn a_raw_block_volume_is_a_disk_of_the_guest() {
+    let disk = Disk::new(4 << 20);
+    disk.file.as_file().write_all_at(b"from the host", 0).unwrap();
+    let mut pod = pod();
+    // While the pod runs already, as with any container but the first.
+    let other = idle(&mut pod, "other");
+    let writer = pod.run_container(with_disk("writer", &disk, "rwm")).unwrap();
+    let size = script(&mut pod, &writer, "blockdev --getsize64 /dev/xvda");
+    assert_eq!(size, (4 << 20).to_string());
+    assert_eq!(script(&mut pod, &writer, "head -c 13 /dev/xvda"), "from the host");
+    script(&mut pod, &writer, "printf 'from the guest' | dd of=/dev/xvda bs=512 seek=8 conv=notrunc,fsync");
+    let mut bytes = [0; 14];
+    let file = File::open(disk.file.path()).unwrap();
+    file.read_exact_at(&mut bytes, 4096).unwrap();
+    assert_eq!(&bytes, b"from the guest");
+
+    let reader = pod.run_container(with_disk("reader", &disk, "r")).unwrap();
+    assert_eq!(
+        script(&mut pod, &reader, "dd if=/dev/xvda bs=512 skip=8 count=1 2> /dev/null | head -c 14"),
+        "from the guest"
+    );
+    assert_ne!(pod.exec(&reader, "echo no > /dev/xvda").unwrap().0, 0);
+    assert_ne!(pod.exec(&other, "test -b /dev/xvda").unwrap().0, 0, "only who asks for it has it");
+    assert_ne!(pod.exec(&other, "mknod /tmp/disk b 254 16 && head -c 1 /tmp/disk").unwrap().0, 0);
+
+    for container in [&reader, &writer] {
+        pod.remove_container(container, 0).unwrap();
+    }
+    // The slot is free again, and another disk has its place.
+    let next = Disk::new(1 << 20);
+    let writer = pod.run_container(with_disk("next", &next, "rwm")).unwrap();
+    assert_eq!(script(&mut pod, &writer, "blockdev --getsize64 /dev/xvda"), (1 << 20).to_string());
+}
+
+#[test]
+fn more_disks_than_there_are_slots_are_refused_and_named() {
+    let disks: Vec<_> = (0..5).map(|_| Disk::new(1 << 20)).collect();
+    let mut config = container("many", BUSYBOX, &["sleep", "infinity"]);
+    config.devices = (0..)
+        .zip(&disks)
+        .map(|(number, disk)| Device {
+            container_path: format!("/dev/disk{number}"),
+            host_path: disk.path.display().to_string(),
+            permissions: "rw".into(),
+        })
+        .collect();
+    let mut pod = pod();
+    let error = pod.run_container(config).unwrap_err().to_string();
+    assert!(error.contains("/dev/disk4") && error.contains("no more than 4"), "{error}");
+    let one = idle(&mut pod, "one");
+    assert_eq!(script(&mut pod, &one, "echo well"), "well");
+}
+
+#[test]
+fn a_character_device_of_the_host_is_refused_and_named() {
+    let mut pod = pod();
+    let device =
+        Device { container_path: "/dev/kvm".into(), host_path: "/dev/kvm".into(), permissions: "rw".into() };
+    let config =
+        ContainerConfig { devices: vec![device], ..container("one", BUSYBOX, &["sleep", "infinity"]) };
+    assert!(fs::exists("/dev/kvm").unwrap());
+    let error = pod.run_container(config).unwrap_err().to_string();
+    assert!(error.contains("/dev/kvm") && error.contains("character device"), "{error}");
+}
