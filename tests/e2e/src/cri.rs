@@ -9,11 +9,11 @@ use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
     AttachRequest, ContainerConfig, ContainerMetadata, ContainerState, ContainerStats, ContainerStatsRequest,
     ContainerStatus, ContainerStatusRequest, CreateContainerRequest, ExecRequest, ExecSyncRequest,
-    ExecSyncResponse, ImageSpec, LinuxContainerResources, LinuxPodSandboxConfig, PodSandboxConfig,
-    PodSandboxMetadata, PodSandboxState, PodSandboxStats, PodSandboxStatsRequest, PodSandboxStatusRequest,
-    PodSandboxStatusResponse, PortForwardRequest, RemoveContainerRequest, RemovePodSandboxRequest,
-    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
-    UpdateContainerResourcesRequest,
+    ExecSyncResponse, ImageSpec, LinuxContainerResources, LinuxPodSandboxConfig, ListPodSandboxRequest,
+    PodSandboxConfig, PodSandboxMetadata, PodSandboxState, PodSandboxStats, PodSandboxStatsRequest,
+    PodSandboxStatusRequest, PodSandboxStatusResponse, PortForwardRequest, RemoveContainerRequest,
+    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
+    StopPodSandboxRequest, UpdateContainerResourcesRequest,
 };
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
@@ -76,6 +76,22 @@ impl Cri {
         self.run_as(config, &handler())
     }
 
+    /// The ids of all pods of the runtime under test.
+    ///
+    /// # Panics
+    /// containerd does not answer.
+    pub fn pods(&mut self) -> Vec<String> {
+        let request = ListPodSandboxRequest::default();
+        let answer = self.runtime.block_on(self.client.list_pod_sandbox(request)).expect("a list of pods");
+        let pods = answer.into_inner().items.into_iter();
+        pods.filter(|pod| pod.runtime_handler == handler()).map(|pod| pod.id).collect()
+    }
+
+    /// Takes over a pod that somebody else has run.
+    pub fn adopt(self, id: &str, config: PodSandboxConfig) -> Pod {
+        Pod { cri: self, id: id.into(), config }
+    }
+
     /// Runs a pod with another handler.
     ///
     /// # Errors
@@ -134,6 +150,11 @@ impl Pod {
     /// Its id.
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// What it was made from.
+    pub fn config(&self) -> &PodSandboxConfig {
+        &self.config
     }
 
     /// Its host name.

@@ -3,10 +3,15 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::PATIENCE;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::shim::eventually;
+use crate::{PATIENCE, ctr, run};
 
 /// A process of the host.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -122,4 +127,37 @@ fn collect(dir: &Path, into: &mut BTreeSet<PathBuf>, depth: usize, wanted: &dyn 
 fn containerd_descriptors() -> usize {
     let pid = processes_named("containerd").first().map_or(0, |process| process.pid);
     fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+}
+
+/// Ends a process at once.
+///
+/// # Panics
+/// There is no such process.
+pub fn kill_9(pid: u32) {
+    let pid = Pid::from_raw(i32::try_from(pid).expect("a pid"));
+    kill(pid, Signal::SIGKILL).expect("the process is there");
+}
+
+/// Kills containerd, does something, and starts it again the way it was started.
+///
+/// # Panics
+/// It does not come back.
+pub fn without_containerd(meanwhile: impl FnOnce()) {
+    let containerd = processes_named("containerd").remove(0);
+    let program =
+        fs::read_link(format!("/proc/{}/exe", containerd.pid)).expect("containerd's program and log");
+    let arguments: Vec<_> = containerd.command.split(' ').skip(1).map(str::to_owned).collect();
+    kill_9(containerd.pid);
+    eventually("containerd is gone", || processes_named("containerd").is_empty());
+    meanwhile();
+    let log = fs::File::options()
+        .append(true)
+        .create(true)
+        .open("/results/containerd.log")
+        .expect("containerd's program and log");
+    // A child of the test would stay a zombie when it is killed in its turn.
+    let mut restart = Command::new("setsid");
+    restart.arg("--fork").arg(program).args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    assert!(restart.status().expect("containerd's program and log").success());
+    eventually("containerd is back", || run(&mut ctr(["version"])).code == 0);
 }

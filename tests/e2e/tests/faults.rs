@@ -1,33 +1,10 @@
 //! What dies is cleaned up after, and what lives is kept.
 
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use mayu_e2e::host::{Traces, processes, processes_named};
+use mayu_e2e::host::{Traces, kill_9, processes, without_containerd};
 use mayu_e2e::shim::eventually;
-use mayu_e2e::{BUSYBOX, Container, ctr, run};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-
-fn kill_9(pid: u32) {
-    kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGKILL).unwrap();
-}
-
-/// Kills containerd, does something, and starts it again the way it was started.
-fn without_containerd(meanwhile: impl FnOnce()) {
-    let containerd = processes_named("containerd").remove(0);
-    let program = std::fs::read_link(format!("/proc/{}/exe", containerd.pid)).unwrap();
-    let arguments: Vec<_> = containerd.command.split(' ').skip(1).map(str::to_owned).collect();
-    kill_9(containerd.pid);
-    eventually("containerd is gone", || processes_named("containerd").is_empty());
-    meanwhile();
-    let log = std::fs::File::options().append(true).create(true).open("/results/containerd.log").unwrap();
-    // A child of the test would stay a zombie when it is killed in its turn.
-    let mut restart = Command::new("setsid");
-    restart.arg("--fork").arg(program).args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-    assert!(restart.status().unwrap().success());
-    eventually("containerd is back", || run(&mut ctr(["version"])).code == 0);
-}
+use mayu_e2e::{BUSYBOX, Container};
 
 #[test]
 fn a_pod_survives_containerd() {

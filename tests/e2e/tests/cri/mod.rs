@@ -5,6 +5,7 @@ mod devices;
 mod network;
 mod pods;
 mod resources;
+mod restart;
 mod service;
 
 use k8s_cri::v1::LinuxPodSandboxConfig;

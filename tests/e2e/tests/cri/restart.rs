@@ -1,0 +1,153 @@
+//! containerd killed in the middle of each request: afterwards a pod is whole or gone, and never in the way.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use k8s_cri::v1::{LinuxPodSandboxConfig, PodSandboxConfig};
+use mayu_e2e::BUSYBOX;
+use mayu_e2e::cri::{Cri, Pod, container, pod_config};
+use mayu_e2e::host::{Traces, processes_named, without_containerd};
+use mayu_e2e::shim::eventually;
+
+/// A pod on its way, as far as a request has brought it.
+struct Scene {
+    config: PodSandboxConfig,
+    pod: Option<Pod>,
+    container: Option<String>,
+}
+
+/// A request, and what comes before it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Request {
+    RunPodSandbox,
+    CreateContainer,
+    StartContainer,
+    StopPodSandbox,
+    RemovePodSandbox,
+}
+
+impl Request {
+    fn prepare(self) -> Scene {
+        let config = pod_config(LinuxPodSandboxConfig::default());
+        let mut scene = Scene { config: config.clone(), pod: None, container: None };
+        if self != Self::RunPodSandbox {
+            let mut pod = Cri::connect(&[BUSYBOX]).run(config).unwrap();
+            if self != Self::CreateContainer {
+                let id = pod.create(container("one", BUSYBOX, &["sleep", "infinity"])).unwrap();
+                if self != Self::StartContainer {
+                    pod.start(&id).unwrap();
+                }
+                scene.container = Some(id);
+            }
+            if self == Self::RemovePodSandbox {
+                pod.stop().unwrap();
+            }
+            scene.pod = Some(pod);
+        }
+        scene
+    }
+
+    /// Makes the request. An answer that does not come is nobody's fault here.
+    fn make(self, scene: &Scene) {
+        let cri = || Cri::connect(&[]);
+        let pod = || cri().adopt(scene.pod.as_ref().unwrap().id(), scene.config.clone());
+        let container_id = || scene.container.clone().unwrap();
+        match self {
+            Self::RunPodSandbox => {
+                // It is not to be removed when this is over, whatever came of it.
+                std::mem::forget(cri().run(scene.config.clone()));
+            }
+            Self::CreateContainer => {
+                let mut pod = pod();
+                let _ = pod.create(container("one", BUSYBOX, &["sleep", "infinity"]));
+                std::mem::forget(pod);
+            }
+            Self::StartContainer => {
+                let mut pod = pod();
+                let _ = pod.start(&container_id());
+                std::mem::forget(pod);
+            }
+            Self::StopPodSandbox => {
+                let mut pod = pod();
+                let _ = pod.stop();
+                std::mem::forget(pod);
+            }
+            Self::RemovePodSandbox => {
+                let mut pod = pod();
+                let _ = pod.remove();
+                std::mem::forget(pod);
+            }
+        }
+    }
+}
+
+fn time_it(request: Request) -> Duration {
+    let mut scene = request.prepare();
+    let started = Instant::now();
+    request.make(&scene);
+    let took = started.elapsed();
+    drop(scene.pod.take());
+    remove_all(&scene.config);
+    took
+}
+
+/// What a kubelet does with pods that it has no more use for.
+fn remove_all(config: &PodSandboxConfig) {
+    for id in Cri::connect(&[]).pods() {
+        let mut pod = Cri::connect(&[]).adopt(&id, config.clone());
+        eventually("the pod can be removed", || pod.remove().is_ok());
+    }
+}
+
+fn killed_in(request: Request) {
+    let took = time_it(request);
+    let before = Traces::now();
+    let scene = request.prepare();
+    thread::scope(|scope| {
+        scope.spawn(|| request.make(&scene));
+        // Half way through, give or take.
+        thread::sleep(took / 2);
+        without_containerd(|| ());
+    });
+
+    for id in Cri::connect(&[]).pods() {
+        let mut pod = Cri::connect(&[]).adopt(&id, scene.config.clone());
+        if pod.ready() {
+            // Whole: a container can be made in it.
+            let one = pod.run("after", BUSYBOX, &["sleep", "infinity"]).unwrap();
+            assert_eq!(pod.exec(&one, "echo whole").unwrap(), (0, "whole".to_owned()), "{request:?}");
+        }
+    }
+    remove_all(&scene.config);
+    eventually("no VM is left", || processes_named("mayu-vmm").is_empty());
+    let mut again = Cri::connect(&[]).run(scene.config.clone()).expect("the name is free again");
+    assert!(again.ready());
+    again.remove().unwrap();
+    drop(scene);
+    before.assert_restored(4);
+}
+
+#[test]
+fn in_run_pod_sandbox() {
+    killed_in(Request::RunPodSandbox);
+}
+
+#[test]
+fn in_create_container() {
+    killed_in(Request::CreateContainer);
+}
+
+#[test]
+fn in_start_container() {
+    killed_in(Request::StartContainer);
+}
+
+#[test]
+fn in_stop_pod_sandbox() {
+    killed_in(Request::StopPodSandbox);
+}
+
+#[test]
+fn in_remove_pod_sandbox() {
+    killed_in(Request::RemovePodSandbox);
+}
