@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use kvm_ioctls::VcpuFd;
-use mayu_vmm_api::{BLOCK_SLOTS, MAX_VCPUS, VmConfig};
+use mayu_vmm_api::{BLOCK_SLOTS, MAX_NET_SLOTS, MAX_VCPUS, VmConfig};
 use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -16,6 +16,7 @@ use crate::bus::{Bus, SharedTransport, lock};
 use crate::devices::serial::serial;
 use crate::devices::virtio::block::{Block, BlockSlot};
 use crate::devices::virtio::fs::Fs;
+use crate::devices::virtio::net::{Net, NetSlot};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::transport::MmioTransport;
 use crate::devices::virtio::vsock::{OnAccept, Vsock, VsockHandle};
@@ -34,8 +35,17 @@ pub const SHARE_TAG: &str = "mayu";
 /// The number that the first device has in the event loop. The others follow in the order of their addresses.
 pub const FIRST_DEVICE: u16 = 2;
 
-/// The virtio devices of every machine: the image, the block slots, vsock, rng, fs.
-pub const DEVICES: usize = 1 + BLOCK_SLOTS as usize + 3;
+/// The virtio devices that every machine has: the image, the block slots, vsock, rng, fs. The network slots come after
+/// them, so that none of these has its place by their number.
+const COMMON_DEVICES: usize = 1 + BLOCK_SLOTS as usize + 3;
+
+// Each device has an interrupt line of its own.
+const _: () = assert!(COMMON_DEVICES + MAX_NET_SLOTS as usize <= layout::MAX_VIRTIO_DEVICES);
+
+/// How many virtio devices a machine with this description has.
+fn device_count(config: &VmConfig) -> usize {
+    COMMON_DEVICES + usize::from(config.net_slots)
+}
 
 /// What a machine is made from, besides its description and its kernel.
 pub struct Parts {
@@ -56,11 +66,14 @@ pub struct Parts {
 /// Refuses a description that no machine can be built from.
 ///
 /// # Errors
-/// It has too many vCPUs or none, or a context id that is no guest's.
+/// It has too many vCPUs or network slots, or none, or a context id that is no guest's.
 pub fn check(config: &VmConfig) -> Result<()> {
     match config {
         VmConfig { vcpus: 0, .. } => Err(Error::VcpuCount { vcpus: 0 }),
         VmConfig { vcpus, .. } if *vcpus > MAX_VCPUS => Err(Error::VcpuCount { vcpus: *vcpus }),
+        VmConfig { net_slots: slots, .. } if !(1..=MAX_NET_SLOTS).contains(slots) => {
+            Err(Error::NetSlots { slots: *slots })
+        }
         // 0 to 2 are the hypervisor, the local host and the host, and the largest means any (vsock(7)).
         VmConfig { guest_cid: cid @ (..=2 | u32::MAX), .. } => Err(Error::GuestCid { cid: *cid }),
         _ => Ok(()),
@@ -75,7 +88,7 @@ pub fn build(config: &VmConfig, kernel: File, parts: Parts, events: &EventLoop) 
     check(config)?;
     let memory = memory::allocate(config.memory_mib)?;
     let entry = boot::load_kernel(&memory, kernel)?;
-    let command_line = boot::command_line(DEVICES, &config.kernel_args)?;
+    let command_line = boot::command_line(device_count(config), &config.kernel_args)?;
     let command_line_size = boot::load_command_line(&memory, &command_line)?;
     arch::boot::write_parameters(&memory, command_line_size, config.vcpus)?;
     assemble(config, &Origin::Kernel { entry }, memory, parts, events)
@@ -93,7 +106,7 @@ pub fn restore(
     events: &EventLoop,
 ) -> Result<Machine> {
     check(config)?;
-    if state.vcpus.len() != usize::from(config.vcpus) || state.devices.len() != DEVICES {
+    if state.vcpus.len() != usize::from(config.vcpus) || state.devices.len() != device_count(config) {
         return Err(Error::RestoreMachine { vcpus: state.vcpus.len(), devices: state.devices.len() });
     }
     assemble(config, &Origin::Saved(state), memory, parts, events)
@@ -119,10 +132,11 @@ fn assemble(
     let memory = GuestMemoryAtomic::new(memory);
 
     let mut devices = Devices::new(&vm, &memory, events);
-    let slots = devices.add_blocks(parts.image)?;
+    let block_slots = devices.add_blocks(parts.image)?;
     let vsock = devices.add_vsock(config, parts.on_accept)?;
     devices.add("rng", Box::new(Rng::new()))?;
     devices.add("fs", Box::new(parts.fs))?;
+    let net_slots = devices.add_nets(config.net_slots)?;
     let Devices { names, transports, .. } = devices;
 
     let line = eventfd()?;
@@ -147,7 +161,8 @@ fn assemble(
         vm,
         bus,
         names,
-        slots,
+        block_slots,
+        net_slots,
         vsock,
         exits,
         entered,
@@ -207,6 +222,17 @@ impl<'a> Devices<'a> {
         let (vsock, handle) = Vsock::new(config.guest_cid, config.host_ports.clone(), on_accept)?;
         self.add("vsock", Box::new(vsock))?;
         Ok(handle)
+    }
+
+    /// They come last: how many there are differs from machine to machine.
+    fn add_nets(&mut self, count: u8) -> Result<Vec<NetSlot>> {
+        let mut slots = Vec::new();
+        for number in 0..count {
+            let (net, slot) = Net::new(number)?;
+            self.add(&format!("net{number}"), Box::new(net))?;
+            slots.push(slot);
+        }
+        Ok(slots)
     }
 
     /// Gives a device its address, interrupt line, and doorbells.

@@ -188,8 +188,9 @@ impl Control {
                 only(request.name(), fds).and_then(|file| machine.attach_block(slot, file.into(), read_only))
             }
             Request::DetachBlock { slot } => machine.detach_block(slot),
-            // Until there is a network device.
-            Request::AttachNet { slot } => Err(Error::NoSuchSlot { slot, slots: 0 }),
+            Request::AttachNet { slot } => {
+                only(request.name(), fds).and_then(|tap| machine.attach_net(slot, tap.into()))
+            }
             Request::Status => {
                 let body = Reply::Status(machine.status());
                 self.waiting.push_back((Message::Reply { id, body }, vec![]));

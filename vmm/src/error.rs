@@ -198,13 +198,33 @@ pub enum Error {
     /// A second description came.
     #[error("the machine is built already")]
     BuiltTwice,
-    /// There is no such block slot.
-    #[error("there is no block slot {slot}, only {slots} of them from 0 on")]
+    /// There is no such slot.
+    #[error("there is no {kind} slot {slot}, only {slots} of them from 0 on")]
     NoSuchSlot {
+        /// Whether it is one for a block device or for a network.
+        kind: &'static str,
         /// What was asked for.
         slot: u8,
         /// How many there are.
         slots: usize,
+    },
+    /// A network slot keeps its TAP for good.
+    #[error("network slot {slot} has a TAP device already")]
+    NetSlotTaken {
+        /// Which one.
+        slot: u8,
+    },
+    /// A descriptor is not what a network slot needs.
+    #[error("the descriptor is not of a usable TAP device: {problem}")]
+    NoTap {
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// The machine would have too many network slots, or none.
+    #[error("{slots} network slots are not possible: 1 to {} are", mayu_vmm_api::MAX_NET_SLOTS)]
+    NetSlots {
+        /// What was asked for.
+        slots: u8,
     },
     /// The vCPUs run although they should not, or do not although they should.
     #[error("the vCPUs {} running", if *.0 { "are" } else { "are not" })]

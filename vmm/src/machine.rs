@@ -10,6 +10,7 @@ use mayu_vmm_api::{ExitReason, Status};
 use crate::bus::{Bus, SharedTransport, lock};
 use crate::devices::serial::SerialState;
 use crate::devices::virtio::block::BlockSlot;
+use crate::devices::virtio::net::NetSlot;
 use crate::devices::virtio::vsock::{OnResult, VsockHandle};
 use crate::devices::virtio::{DeviceEvent, GuestMemory};
 use crate::error::{Error, Result};
@@ -24,7 +25,8 @@ pub struct Machine {
     pub(crate) vm: Vm,
     pub(crate) bus: Arc<Bus>,
     pub(crate) names: Vec<String>,
-    pub(crate) slots: Vec<BlockSlot>,
+    pub(crate) block_slots: Vec<BlockSlot>,
+    pub(crate) net_slots: Vec<NetSlot>,
     pub(crate) vsock: VsockHandle,
     pub(crate) exits: ExitReceiver,
     pub(crate) entered: Arc<OnceLock<Instant>>,
@@ -98,7 +100,7 @@ impl Machine {
     /// # Errors
     /// There is no such slot, it is not empty, or the file is of no use.
     pub fn attach_block(&self, slot: u8, file: File, read_only: bool) -> Result<()> {
-        self.slot(slot)?.attach(file, read_only)
+        find("block", &self.block_slots, slot)?.attach(file, read_only)
     }
 
     /// Takes the file of a block slot away.
@@ -106,11 +108,15 @@ impl Machine {
     /// # Errors
     /// There is no such slot, or it is empty.
     pub fn detach_block(&self, slot: u8) -> Result<()> {
-        self.slot(slot)?.detach()
+        find("block", &self.block_slots, slot)?.detach()
     }
 
-    fn slot(&self, slot: u8) -> Result<&BlockSlot> {
-        self.slots.get(usize::from(slot)).ok_or(Error::NoSuchSlot { slot, slots: self.slots.len() })
+    /// Puts a TAP device behind an empty network slot.
+    ///
+    /// # Errors
+    /// There is no such slot, it is not empty, or the descriptor is of no use.
+    pub fn attach_net(&self, slot: u8, tap: File) -> Result<()> {
+        find("network", &self.net_slots, slot)?.attach(tap)
     }
 
     /// The machine's counters.
@@ -139,7 +145,7 @@ impl Machine {
         self.exits.reason()
     }
 
-    /// Hands an event to a device. Returns the device's name and why it has just failed, if it has.
+    /// Hands an event to a device. Returns the device's name and what has just gone wrong with it, if anything has.
     pub fn process(&self, device: usize, event: DeviceEvent) -> Option<(&str, Error)> {
         let mut transport = lock(self.bus.virtio().get(device)?);
         if let DeviceEvent::Queue(queue) = event {
@@ -157,4 +163,8 @@ impl Machine {
         serial.writer_mut().finish();
         serial.writer().dropped()
     }
+}
+
+fn find<'a, T>(kind: &'static str, slots: &'a [T], slot: u8) -> Result<&'a T> {
+    slots.get(usize::from(slot)).ok_or(Error::NoSuchSlot { kind, slot, slots: slots.len() })
 }

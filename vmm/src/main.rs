@@ -136,7 +136,7 @@ fn turn(
                 if let Some((name, error)) = machine.process(device, ready.event)
                     && let Some(suppressed) = device_failures.admit(Instant::now())
                 {
-                    warn!(log, "device needs a reset";
+                    warn!(log, "device failure";
                         "device" => name, "error" => %error, "suppressed" => suppressed);
                 }
                 Verdict::Continue

@@ -7,6 +7,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Seek as _, Write as _};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -72,6 +73,8 @@ fn what_cannot_be_built_is_refused_with_the_reason_and_ends_the_process() {
         (VmConfig { memory_mib: 65_537, ..config() }, reset(), "at most 65536"),
         (VmConfig { vcpus: 0, ..config() }, reset(), "0 vCPUs"),
         (VmConfig { vcpus: 33, ..config() }, reset(), "1 to 32"),
+        (VmConfig { net_slots: 0, ..config() }, reset(), "0 network slots"),
+        (VmConfig { net_slots: 9, ..config() }, reset(), "1 to 8"),
         (VmConfig { guest_cid: 2, ..config() }, reset(), "context id"),
         (VmConfig { uid: 0, ..config() }, reset(), "change its user"),
         (VmConfig { kernel_args: "x".repeat(2048), ..config() }, reset(), "command line"),
@@ -221,12 +224,51 @@ fn requests_that_make_no_sense_are_refused_and_harm_nothing() {
     assert!(detach.contains("no block slot 9"), "{detach}");
     vmm.request(Request::AttachBlock { slot: 3, read_only: true }, &[image().into()]).unwrap();
     vmm.request(Request::DetachBlock { slot: 3 }, &[]).unwrap();
+    let attach = vmm.request(Request::AttachNet { slot: 1 }, &[image().into()]).unwrap_err();
+    assert!(attach.contains("no network slot 1, only 1"), "{attach}");
+    let attach = vmm.request(Request::AttachNet { slot: 0 }, &[image().into()]).unwrap_err();
+    assert!(attach.contains("not of a usable TAP device"), "{attach}");
     vmm.request(Request::Pause, &[]).unwrap();
     assert!(!vmm.status().running);
     vmm.request(Request::Resume, &[]).unwrap();
     assert!(vmm.status().running);
     vmm.request(Request::Shutdown, &[]).unwrap();
     assert_eq!(vmm.exit(), ExitReason::Requested);
+}
+
+/// Opens a TAP device in a network namespace of this thread's own, as the shim does in the pod's.
+#[allow(unsafe_code)]
+fn tap() -> OwnedFd {
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    let tap = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
+    // SAFETY: all-zero bytes are a valid `ifreq`.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
+    // SAFETY: the kernel reads and writes an `ifreq` at the address.
+    assert_eq!(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) }, 0);
+    tap.into()
+}
+
+#[test]
+fn a_tap_from_another_network_namespace_is_taken_without_privileges_and_once() {
+    if unable() {
+        return;
+    }
+    if !Path::new("/dev/net/tun").exists() {
+        return skip("needs /dev/net/tun");
+    }
+    let share = tempfile::tempdir().unwrap();
+    let config = VmConfig { net_slots: 8, ..config() };
+    let (mut vmm, outcome) = Vmm::build(config, &elf(&COUNT_FOREVER), &image(), share.path());
+    outcome.unwrap();
+    let tap = tap();
+    vmm.request(Request::AttachNet { slot: 7 }, &[tap.try_clone().unwrap()]).unwrap();
+    let again = vmm.request(Request::AttachNet { slot: 7 }, &[tap]).unwrap_err();
+    assert!(again.contains("network slot 7 has a TAP device already"), "{again}");
+    vmm.request(Request::Resume, &[]).unwrap();
+    let names: Vec<_> =
+        vmm.status().device_errors.into_keys().filter(|name| name.starts_with("net")).collect();
+    assert_eq!(names, ["net0", "net1", "net2", "net3", "net4", "net5", "net6", "net7"]);
 }
 
 #[test]

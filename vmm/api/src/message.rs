@@ -77,8 +77,9 @@ pub enum Request {
         /// 0 to [`BLOCK_SLOTS`] - 1.
         slot: u8,
     },
-    /// Put the attached TAP device behind an empty network slot. It was opened with `IFF_TAP`, `IFF_NO_PI` and
-    /// `IFF_VNET_HDR`.
+    /// Put the attached TAP device behind an empty network slot and tell the guest that the link is up. It was opened
+    /// with `IFF_TAP`, `IFF_NO_PI` and `IFF_VNET_HDR`, in any network namespace. A slot keeps its TAP; the link goes
+    /// down when the TAP's interface is deleted.
     AttachNet {
         /// 0 to [`VmConfig::net_slots`] - 1.
         slot: u8,

@@ -21,11 +21,13 @@ use crate::event_loop::Registrar;
 pub mod block;
 pub mod chain;
 pub mod fs;
+pub mod net;
 mod queue;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod transport;
+mod used;
 pub mod vsock;
 
 /// Guest memory as every device sees it.
@@ -139,11 +141,16 @@ impl Health {
 
     /// The same, with the reason.
     pub fn fail(&self, error: Error) {
-        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        self.note(error);
         self.set_broken();
     }
 
-    /// Why the device last broke, if that has not been asked before: for the log.
+    /// Remembers for the log what went wrong on the host's side. The device goes on as well as it can.
+    pub fn note(&self, error: Error) {
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+    }
+
+    /// What last went wrong, if that has not been asked before: for the log.
     pub fn take_failure(&self) -> Option<Error> {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
@@ -247,6 +254,8 @@ pub enum DeviceState {
     Block(block::BlockState),
     /// See [`fs::FsState`].
     Fs(fs::FsState),
+    /// See [`net::NetState`].
+    Net(net::NetState),
     /// The entropy device keeps nothing.
     Rng,
     /// See [`vsock::VsockState`].

@@ -161,6 +161,11 @@ impl DriverQueue {
         write(&self.memory, address, &index.to_le_bytes());
     }
 
+    /// With event indices: asks for an interrupt for what is used from now on, as a driver does that is about to wait.
+    pub(crate) fn want_interrupt(&self) {
+        self.set_used_event(self.used_index.wrapping_add(self.pending()));
+    }
+
     /// How many chains the device has used that `used` has not returned yet.
     pub(crate) fn pending(&self) -> u16 {
         let index = read(&self.memory, self.used_ring + 2, 2);
@@ -169,18 +174,19 @@ impl DriverQueue {
 
     /// What the device has used since the last call.
     pub(crate) fn used(&mut self) -> Vec<Used> {
-        let mut used = Vec::new();
-        for _ in 0..self.pending() {
-            let slot = u64::from(self.used_index % self.size);
-            let element = read(&self.memory, self.used_ring + 4 + 8 * slot, 8);
-            let (head, length) = element.split_at(4);
-            used.push(Used {
-                head: u32::from_le_bytes(head.try_into().unwrap()),
-                length: u32::from_le_bytes(length.try_into().unwrap()),
-            });
-            self.used_index = self.used_index.wrapping_add(1);
+        (0..self.pending()).map(|_| self.used_one()).collect()
+    }
+
+    /// The next chain that the device has used.
+    pub(crate) fn used_one(&mut self) -> Used {
+        let slot = u64::from(self.used_index % self.size);
+        let element = read(&self.memory, self.used_ring + 4 + 8 * slot, 8);
+        let (head, length) = element.split_at(4);
+        self.used_index = self.used_index.wrapping_add(1);
+        Used {
+            head: u32::from_le_bytes(head.try_into().unwrap()),
+            length: u32::from_le_bytes(length.try_into().unwrap()),
         }
-        used
     }
 
     /// The device's half, ready, for tests without a transport.
@@ -197,6 +203,11 @@ impl DriverQueue {
         .unwrap()
     }
 
+    /// Goes on as if so many chains had come and gone.
+    pub(crate) fn start_at(&mut self, position: u16) {
+        (self.avail_index, self.used_index) = (position, position);
+    }
+
     fn restart(&mut self) {
         write(&self.memory, self.descriptor_table, &[0; 0x1_0000]);
         (self.next_descriptor, self.avail_index, self.used_index) = (0, 0, 0);
@@ -210,6 +221,8 @@ pub(crate) struct Driver {
     pub queues: Vec<DriverQueue>,
     /// How often the interrupt line was found raised.
     pub interrupts: u64,
+    /// How many events the device was handed.
+    pub events: u64,
     epoll: Arc<Epoll>,
     next_buffer: u64,
 }
@@ -240,6 +253,7 @@ impl Driver {
             memory,
             queues,
             interrupts: 0,
+            events: 0,
             epoll,
             next_buffer: BUFFERS,
         }
@@ -402,7 +416,10 @@ impl Driver {
             match Ready::from(event).event {
                 // Read by the event loop; by then a thread of the device may have been faster.
                 DeviceEvent::Queue(queue) if self.transport.queue_event(queue).unwrap().read().is_err() => {}
-                event => self.transport.process(event),
+                event => {
+                    self.events += 1;
+                    self.transport.process(event);
+                }
             }
         }
         count
