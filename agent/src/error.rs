@@ -115,6 +115,14 @@ pub enum Error {
         /// The reason.
         source: Errno,
     },
+    /// The kernel refused a step of setting the network up.
+    #[error("{step}: {source}")]
+    Network {
+        /// What was attempted, on which interface, route or neighbour.
+        step: String,
+        /// The reason.
+        source: io::Error,
+    },
     /// Input or output on a pipe or socket failed.
     #[error("{operation}: {source}")]
     Io {
@@ -174,6 +182,7 @@ impl Error {
             Self::File { .. }
             | Self::System { .. }
             | Self::Io { .. }
+            | Self::Network { .. }
             | Self::Resources(_)
             | Self::Serve(_) => Code::INTERNAL,
         }

@@ -12,6 +12,7 @@ mod error;
 mod events;
 pub mod init;
 pub mod launch;
+mod network;
 mod process;
 mod reaper;
 mod runtime;

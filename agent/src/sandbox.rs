@@ -8,8 +8,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures::future::join_all;
 use mayu_agent_api::sandbox::{
-    ConfigureRequest, ConfigureResponse, Event, EventsRequest, HealthRequest, HealthResponse,
-    ShutdownRequest, ShutdownResponse,
+    ConfigureNetworkRequest, ConfigureNetworkResponse, ConfigureRequest, ConfigureResponse, Event,
+    EventsRequest, HealthRequest, HealthResponse, ShutdownRequest, ShutdownResponse,
 };
 use mayu_agent_api::sandbox_ttrpc::Sandbox;
 use nix::sys::reboot::{RebootMode, reboot};
@@ -18,11 +18,13 @@ use nix::sys::utsname::uname;
 use nix::time::{ClockId, clock_settime};
 use nix::unistd::{SysconfVar, sethostname, sync, sysconf};
 use slog::{Logger, error, warn};
+use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use crate::error::{Error, Result};
 use crate::events::Events;
+use crate::network::{Network, VirtioSlots};
 use crate::task::Containers;
 use crate::{sys, sysctl};
 
@@ -39,13 +41,14 @@ const REPLY_TIME: Duration = Duration::from_millis(50);
 pub struct SandboxService {
     containers: Arc<Containers>,
     events: Arc<Events>,
+    network: Arc<Network<VirtioSlots>>,
     log: Logger,
 }
 
 impl SandboxService {
     /// Serves the guest and its `containers`.
     pub fn new(containers: Arc<Containers>, events: Arc<Events>, log: Logger) -> Self {
-        Self { containers, events, log }
+        Self { containers, events, network: Arc::new(Network::new(VirtioSlots::new())), log }
     }
 
     /// Kills all processes and waits for their end, so that what they have written can be written back.
@@ -73,6 +76,16 @@ impl Sandbox for SandboxService {
     ) -> ttrpc::Result<ConfigureResponse> {
         configure(&request)?;
         Ok(ConfigureResponse::default())
+    }
+
+    async fn configure_network(
+        &self,
+        _: &TtrpcContext,
+        request: ConfigureNetworkRequest,
+    ) -> ttrpc::Result<ConfigureNetworkResponse> {
+        let network = Arc::clone(&self.network);
+        blocking(move || network.configure(&request)).await?;
+        Ok(ConfigureNetworkResponse::default())
     }
 
     async fn events(
@@ -104,6 +117,16 @@ impl Sandbox for SandboxService {
             error!(log, "cannot reset the guest"; "error" => %errno);
         });
         Ok(ShutdownResponse::default())
+    }
+}
+
+/// Carries `operation` out on a thread where it may wait for the kernel, to its end even if the caller gives up.
+async fn blocking<T: Send + 'static>(
+    operation: impl FnOnce() -> Result<T> + Send + 'static,
+) -> ttrpc::Result<T> {
+    match spawn_blocking(operation).await {
+        Ok(result) => Ok(result?),
+        Err(error) => Err(ttrpc::Error::Others(error.to_string())),
     }
 }
 
