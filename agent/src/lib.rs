@@ -4,6 +4,7 @@
 //! the agent without its boot, so that tests can run it on a host with cgroup v2.
 
 mod block_devices;
+mod blocking;
 mod cgroup;
 pub mod console;
 mod container;
@@ -13,8 +14,10 @@ mod events;
 pub mod init;
 pub mod launch;
 mod network;
+pub mod pause;
+mod pid_namespace;
 mod process;
-mod reaper;
+pub mod reaper;
 mod runtime;
 mod sandbox;
 pub mod server;

@@ -9,6 +9,7 @@ use slog::Logger;
 
 use crate::events::Events;
 use crate::launch::Launcher;
+use crate::pid_namespace::PodPidNamespace;
 use crate::reaper::Reaper;
 use crate::streams::Streams;
 
@@ -16,6 +17,8 @@ use crate::streams::Streams;
 pub struct Runtime {
     /// Starts processes.
     pub launcher: Launcher,
+    /// The PID namespace that containers may share.
+    pub pid_namespace: Arc<PodPidNamespace>,
     /// How long the shim may take to connect the streams of a process that it starts.
     pub stream_deadline: Duration,
     /// Where bundles, libcontainer's states and sockets are kept.

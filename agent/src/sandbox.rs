@@ -18,10 +18,10 @@ use nix::sys::utsname::uname;
 use nix::time::{ClockId, clock_settime};
 use nix::unistd::{SysconfVar, sethostname, sync, sysconf};
 use slog::{Logger, error, warn};
-use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
+use crate::blocking::blocking;
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::network::{Network, VirtioSlots};
@@ -117,16 +117,6 @@ impl Sandbox for SandboxService {
             error!(log, "cannot reset the guest"; "error" => %errno);
         });
         Ok(ShutdownResponse::default())
-    }
-}
-
-/// Carries `operation` out on a thread where it may wait for the kernel, to its end even if the caller gives up.
-async fn blocking<T: Send + 'static>(
-    operation: impl FnOnce() -> Result<T> + Send + 'static,
-) -> ttrpc::Result<T> {
-    match spawn_blocking(operation).await {
-        Ok(result) => Ok(result?),
-        Err(error) => Err(ttrpc::Error::Others(error.to_string())),
     }
 }
 

@@ -17,6 +17,7 @@ use ttrpc::asynchronous::transport::Listener;
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::launch::Launcher;
+use crate::pid_namespace::PodPidNamespace;
 use crate::reaper::Reaper;
 use crate::runtime::Runtime;
 use crate::sandbox::SandboxService;
@@ -73,8 +74,11 @@ pub async fn serve(options: Options, rpc: Listener, streams: Listener, log: &Log
     let reaper = Reaper::start(log.clone())?;
     let events = Arc::new(Events::default());
     let registry = Arc::new(Streams::default());
+    let launcher = Launcher { program: options.program, deadline: options.launch_deadline };
+    let pid_namespace = PodPidNamespace::new(launcher.clone(), Arc::clone(&reaper), log.clone());
     let runtime = Arc::new(Runtime {
-        launcher: Launcher { program: options.program, deadline: options.launch_deadline },
+        launcher,
+        pid_namespace: Arc::new(pid_namespace),
         stream_deadline: options.stream_deadline,
         run_directory: options.run_directory,
         reaper,

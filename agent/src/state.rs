@@ -32,6 +32,8 @@ pub enum Action {
     FinishStart,
     /// The caller wants another process beside it.
     Exec,
+    /// The caller wants another container in its PID namespace.
+    Join,
     /// The caller wants it frozen.
     Pause,
     /// The caller wants it thawed.
@@ -62,6 +64,7 @@ impl State {
             (Running, Pause) => Some(Paused),
             (Paused, Resume) => Some(Running),
             (Running, Exec) => Some(Running),
+            (Running | Paused, Join) => Some(self),
             (Created | Starting | Running | Paused, Kill | Resize | Inspect) => Some(self),
             (Creating | Created | Starting | Running | Paused, Exit) => Some(Stopped),
             (Created | Stopped, Delete) => Some(Deleting),
@@ -91,6 +94,7 @@ impl fmt::Display for Action {
             Self::FinishCreate => "create",
             Self::Start | Self::FinishStart => "start",
             Self::Exec => "exec in",
+            Self::Join => "join the PID namespace of",
             Self::Pause => "pause",
             Self::Resume => "resume",
             Self::Kill => "kill",
@@ -109,11 +113,12 @@ mod tests {
     use super::*;
 
     const STATES: [State; 7] = [Creating, Created, Starting, Running, Paused, Stopped, Deleting];
-    const ACTIONS: [Action; 12] = [
+    const ACTIONS: [Action; 13] = [
         FinishCreate,
         Start,
         FinishStart,
         Exec,
+        Join,
         Pause,
         Resume,
         Kill,
@@ -133,8 +138,8 @@ mod tests {
         assert_eq!(allowed(Creating), [FinishCreate, Exit]);
         assert_eq!(allowed(Created), [Start, Kill, Resize, Inspect, Exit, Delete]);
         assert_eq!(allowed(Starting), [FinishStart, Kill, Resize, Inspect, Exit]);
-        assert_eq!(allowed(Running), [Exec, Pause, Kill, Resize, Inspect, Exit]);
-        assert_eq!(allowed(Paused), [Resume, Kill, Resize, Inspect, Exit]);
+        assert_eq!(allowed(Running), [Exec, Join, Pause, Kill, Resize, Inspect, Exit]);
+        assert_eq!(allowed(Paused), [Join, Resume, Kill, Resize, Inspect, Exit]);
         assert_eq!(allowed(Stopped), [Delete]);
         assert_eq!(allowed(Deleting), [AbandonDelete]);
     }

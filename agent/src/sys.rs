@@ -180,6 +180,16 @@ pub fn restore_sigpipe() -> Result<(), Errno> {
     unsafe { nix::sys::signal::signal(Signal::SIGPIPE, SigHandler::SigDfl) }.map(drop)
 }
 
+/// Has the kernel collect children of this process as they end, those that it inherits as well (wait(2), SIGCHLD ignored).
+///
+/// # Errors
+///
+/// None that the kernel documents for this signal.
+pub fn let_kernel_collect_children() -> Result<(), Errno> {
+    // SAFETY: no handler function is installed, so none can do what a handler may not.
+    unsafe { nix::sys::signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }.map(drop)
+}
+
 /// Collects one child that has ended: its pid and the raw wait status; nothing when none has. nix's wrapper
 /// is of no use here: it loses a child that was killed by a real-time signal.
 ///

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::future::Future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -22,8 +22,10 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use ttrpc::asynchronous::TtrpcContext;
 
 use crate::block_devices;
+use crate::blocking::blocking;
 use crate::container::Container;
 use crate::error::{Error, Result};
+use crate::pid_namespace::{self, Shared};
 use crate::process::Process;
 use crate::runtime::Runtime;
 use crate::spec::{self, check_id};
@@ -73,6 +75,9 @@ impl Containers {
         check_id(&request.id)?;
         let mut spec = spec::read_spec(request.options.as_ref())?;
         block_devices::translate(&mut spec, Path::new(block_devices::DISKS)).await?;
+        if let Some(shared) = pid_namespace::shared(&spec)? {
+            pid_namespace::join(&mut spec, self.pid_namespace(shared).await?);
+        }
         let plan = spec::adapt_spec(&mut spec, &request.id, request.terminal)?;
         let stdio = StdioRequest {
             terminal: request.terminal,
@@ -98,6 +103,20 @@ impl Containers {
             Err(error) => {
                 self.table().remove(container.id());
                 Err(error)
+            }
+        }
+    }
+
+    async fn pid_namespace(&self, shared: Shared) -> Result<PathBuf> {
+        match shared {
+            Shared::Pod => {
+                let namespace = Arc::clone(&self.runtime.pid_namespace);
+                blocking(move || namespace.path()).await
+            }
+            Shared::Container(id) => {
+                let container = self.get(&id)?;
+                container.init().advance(Action::Join)?;
+                Ok(format!("/proc/{}/ns/pid", container.init().pid()).into())
             }
         }
     }

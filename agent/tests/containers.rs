@@ -12,6 +12,7 @@ mod support;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use mayu_agent_api::{CONTAINER_PID_NAMESPACE, POD_PID_NAMESPACE};
 use serde_json::json;
 use support::{Agent, Output, Terminal, code_of, spec};
 use ttrpc::Code;
@@ -55,6 +56,9 @@ fn containers() {
             too_little_memory_to_start_is_explained,
             devices_are_filtered,
             a_shared_pid_namespace_dies_with_its_init,
+            containers_share_the_pods_pid_namespace,
+            the_pods_pid_namespace_is_made_anew_when_it_has_died,
+            a_container_joins_the_pid_namespace_of_another,
             output_of_what_is_left_behind_still_arrives,
             a_stream_that_is_not_connected_fails_the_start,
             many_execs_leave_nothing,
@@ -489,6 +493,87 @@ async fn a_shared_pid_namespace_dies_with_its_init(agent: &Agent) {
 
     assert_eq!(std::fs::read_to_string("/sys/fs/cgroup/mayu/shared/cgroup.procs").unwrap(), "");
     agent.delete("shared", "").await.unwrap();
+}
+
+/// A spec whose PID namespace is the one of this name.
+fn in_pid_namespace(name: &str, args: &[&str]) -> serde_json::Value {
+    let mut spec = spec(args);
+    for namespace in spec["linux"]["namespaces"].as_array_mut().unwrap() {
+        if namespace["type"] == "pid" {
+            namespace["path"] = json!(name);
+        }
+    }
+    spec
+}
+
+async fn containers_share_the_pods_pid_namespace(agent: &Agent) {
+    let script = "sleep 1000 & echo $$; exec sleep 2000";
+    let spec = in_pid_namespace(POD_PID_NAMESPACE, &["sh", "-c", script]);
+    let mut first = agent.create("first", spec, false).await.unwrap();
+    let pid = agent.start("first", "").await.unwrap();
+    let inside = first.read_text().await;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap();
+    assert_eq!(line.split_whitespace().last(), Some(inside.trim()), "{pid} is not the init's pid");
+    assert_ne!(inside.trim(), "1");
+
+    let look = ["sh", "-c", "ps -o pid,args; test $$ -gt 1"];
+    let second = agent.run("second", in_pid_namespace(POD_PID_NAMESPACE, &look), b"").await;
+    assert_eq!(second.status, 0, "{second:?}");
+    for expected in ["    1 /pause\n", " sleep 1000\n", " sleep 2000\n"] {
+        assert!(second.stdout.contains(expected), "no {expected:?} in {}", second.stdout);
+    }
+    let exec = agent.run_exec("first", "e", &["cat", "/proc/1/comm"], b"").await;
+    assert_eq!(exec.stdout, "pause\n");
+
+    // The end of one's init takes along what it left behind, and nothing of the other's.
+    let third = in_pid_namespace(POD_PID_NAMESPACE, &["sleep", "3000"]);
+    let third = agent.create("third", third, false).await.unwrap();
+    agent.start("third", "").await.unwrap();
+    agent.kill("first", "", 9, false).await.unwrap();
+    assert_eq!(agent.finish("first", "", first).await.status, 137);
+    assert_eq!(std::fs::read_to_string("/sys/fs/cgroup/mayu/first/cgroup.procs").unwrap(), "");
+    assert_eq!(agent.state("third").await, "RUNNING");
+    agent.delete("first", "").await.unwrap();
+    // It is not PID 1, so that a signal has its usual effect.
+    agent.kill("third", "", 15, true).await.unwrap();
+    assert_eq!(agent.finish("third", "", third).await.status, 128 + 15);
+    agent.delete("third", "").await.unwrap();
+}
+
+async fn the_pods_pid_namespace_is_made_anew_when_it_has_died(agent: &Agent) {
+    let spec = |args: &[&str]| in_pid_namespace(POD_PID_NAMESPACE, args);
+    let process = agent.create("before", spec(&["sleep", "1000"]), false).await.unwrap();
+    agent.start("before", "").await.unwrap();
+
+    nix::sys::signal::kill(support::pause().unwrap(), nix::sys::signal::Signal::SIGKILL).unwrap();
+    assert_eq!(agent.finish("before", "", process).await.status, 137);
+    agent.delete("before", "").await.unwrap();
+
+    assert_eq!(agent.run("after", spec(&["cat", "/proc/1/comm"]), b"").await.stdout, "pause\n");
+}
+
+async fn a_container_joins_the_pid_namespace_of_another(agent: &Agent) {
+    let join = |args: &[&str]| in_pid_namespace(&format!("{CONTAINER_PID_NAMESPACE}target"), args);
+    assert_eq!(code_of(agent.create("debug", join(&["true"]), false).await), Code::NOT_FOUND);
+    let wait = "trap 'exit 9' TERM; echo ready; while :; do sleep 0.1; done";
+    let mut target = agent.create("target", spec(&["sh", "-c", wait]), false).await.unwrap();
+    assert_eq!(code_of(agent.create("debug", join(&["true"]), false).await), Code::FAILED_PRECONDITION);
+    agent.start("target", "").await.unwrap();
+    target.read_some().await;
+
+    let look = agent.run("look", join(&["sh", "-c", "tr '\\0' ' ' < /proc/1/cmdline"]), b"").await;
+    assert!(look.stdout.starts_with("sh -c trap 'exit 9' TERM"), "{look:?}");
+
+    // The namespace ends with its PID 1, and so do those who joined it.
+    let debug = join(&["sh", "-c", "kill -TERM 1; sleep 1000"]);
+    let debug = agent.create("debug", debug, false).await.unwrap();
+    agent.start("debug", "").await.unwrap();
+    assert_eq!(agent.finish("target", "", target).await.status, 9);
+    assert_eq!(agent.finish("debug", "", debug).await.status, 137);
+    assert_eq!(code_of(agent.create("late", join(&["true"]), false).await), Code::FAILED_PRECONDITION);
+    agent.delete("debug", "").await.unwrap();
+    agent.delete("target", "").await.unwrap();
 }
 
 async fn output_of_what_is_left_behind_still_arrives(agent: &Agent) {

@@ -20,6 +20,7 @@ use mayu_agent::server::{self, Options};
 use mayu_agent_api::sandbox::{Event, EventsRequest, HealthRequest, HealthResponse, event};
 use mayu_agent_api::sandbox_ttrpc::SandboxClient;
 use mayu_agent_api::{PROCESS_TYPE_URL, SPEC_TYPE_URL, StreamId};
+use nix::unistd::Pid;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use serde_json::{Value, json};
@@ -244,7 +245,9 @@ impl Agent {
         files.sort();
         assert_eq!(files, ["bundles", "state"]);
         self.events.all.borrow_mut().clear();
-        assert_eq!(children(), 0, "left-over processes");
+        // The pod's PID namespace stays until the guest ends.
+        let left: Vec<Pid> = children().into_iter().filter(|pid| !is_pause(pid)).collect();
+        assert_eq!(left, [], "left-over processes");
     }
 
     /// Runs a container from its creation to its deletion.
@@ -508,8 +511,15 @@ impl Agent {
 impl Process {
     /// Reads whatever comes next on the standard output.
     pub async fn read_some(&mut self) -> usize {
+        self.read_text().await.len()
+    }
+
+    /// The same, as text.
+    pub async fn read_text(&mut self) -> String {
         let mut buffer = vec![0; 64 * 1024];
-        self.stdout.read(&mut buffer).await.unwrap()
+        let length = self.stdout.read(&mut buffer).await.unwrap();
+        buffer.truncate(length);
+        String::from_utf8(buffer).unwrap()
     }
 
     pub async fn write(&mut self, bytes: &[u8]) {
@@ -560,12 +570,22 @@ pub fn open_files() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// How many children this process has, zombies included.
-fn children() -> usize {
+/// The children of this process, zombies included.
+fn children() -> Vec<Pid> {
     let own = std::process::id();
     let tasks = fs::read_dir(format!("/proc/{own}/task")).unwrap().flatten();
     let lists = tasks.map(|task| fs::read_to_string(task.path().join("children")).unwrap_or_default());
-    lists.map(|list| list.split_whitespace().count()).sum()
+    let pids = lists.collect::<String>();
+    pids.split_whitespace().map(|pid| Pid::from_raw(pid.parse().unwrap())).collect()
+}
+
+fn is_pause(pid: &Pid) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|name| name == "/pause\0")
+}
+
+/// The first process of the pod's PID namespace, once there is one.
+pub fn pause() -> Option<Pid> {
+    children().into_iter().find(is_pause)
 }
 
 fn forever() -> Context {
