@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use mayu_agent_api::{Hello, READY_PORT, RPC_PORT, SHARE_DIR, SHARE_TAG, STREAM_PORT};
+use mayu_agent_api::{FORWARD_PORT, Hello, READY_PORT, RPC_PORT, SHARE_DIR, SHARE_TAG, STREAM_PORT};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
@@ -21,7 +21,7 @@ use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 
 use crate::cgroup::{MOUNT_POINT, enable_controllers};
 use crate::error::{Error, Result};
-use crate::server::{self, Options};
+use crate::server::{self, Listeners, Options};
 use crate::{console, sys};
 
 /// The word on the kernel's command line that makes the agent log everything.
@@ -118,15 +118,18 @@ async fn boot(entered: Duration) -> Result<std::convert::Infallible> {
     enter_cgroup()?;
     bring_loopback_up()?;
 
-    let rpc = server::listen(RPC_PORT, &log)?;
-    let streams = server::listen(STREAM_PORT, &log)?;
+    let listeners = Listeners {
+        rpc: server::listen(RPC_PORT, &log)?,
+        streams: server::listen(STREAM_PORT, &log)?,
+        forward: server::listen(FORWARD_PORT, &log)?,
+    };
     let options = Options {
         program: "/proc/self/exe".into(),
         launch_deadline: LAUNCH_DEADLINE,
         stream_deadline: STREAM_DEADLINE,
         run_directory: RUN_DIRECTORY.into(),
     };
-    let _server = server::serve(options, rpc, streams, &log).await?;
+    let _server = server::serve(options, listeners, &log).await?;
     let _ready = announce(entered, &log).await?;
     std::future::pending().await
 }

@@ -11,6 +11,7 @@ mod container;
 mod device_filter;
 mod error;
 mod events;
+mod forward;
 pub mod init;
 pub mod launch;
 mod network;

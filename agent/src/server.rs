@@ -16,6 +16,7 @@ use ttrpc::asynchronous::transport::Listener;
 
 use crate::error::{Error, Result};
 use crate::events::Events;
+use crate::forward::Forwarder;
 use crate::launch::Launcher;
 use crate::pid_namespace::PodPidNamespace;
 use crate::reaper::Reaper;
@@ -37,6 +38,16 @@ pub struct Options {
     pub stream_deadline: Duration,
     /// Where bundles, libcontainer's states and sockets are kept.
     pub run_directory: PathBuf,
+}
+
+/// Where the shim connects to.
+pub struct Listeners {
+    /// For requests.
+    pub rpc: Listener,
+    /// For the streams of processes.
+    pub streams: Listener,
+    /// For connections to servers in the guest.
+    pub forward: Listener,
 }
 
 /// A listener on vsock port `port` that takes connections from the host only: a container can connect to the
@@ -65,12 +76,12 @@ pub fn listen(port: u32, log: &Logger) -> Result<Listener> {
     })))
 }
 
-/// Serves RPC and streams until the returned server is dropped.
+/// Serves until the returned server is dropped.
 ///
 /// # Errors
 ///
 /// Where signals cannot be handled or the server cannot start.
-pub async fn serve(options: Options, rpc: Listener, streams: Listener, log: &Logger) -> Result<Server> {
+pub async fn serve(options: Options, listeners: Listeners, log: &Logger) -> Result<Server> {
     let reaper = Reaper::start(log.clone())?;
     let events = Arc::new(Events::default());
     let registry = Arc::new(Streams::default());
@@ -88,12 +99,13 @@ pub async fn serve(options: Options, rpc: Listener, streams: Listener, log: &Log
         log: log.clone(),
     });
     let containers = Arc::new(Containers::new(runtime));
-    tokio::spawn(registry.serve(streams, log.clone()));
+    tokio::spawn(registry.serve(listeners.streams, log.clone()));
+    tokio::spawn(Forwarder::new(log.clone()).serve(listeners.forward));
     let sandbox = SandboxService::new(Arc::clone(&containers), events, log.clone());
     let mut server = Server::new()
         .register_service(create_task(Arc::new(TaskService::new(containers))))
         .register_service(create_sandbox(Arc::new(sandbox)))
-        .add_listener(rpc);
+        .add_listener(listeners.rpc);
     server.start().await.map_err(Error::Serve)?;
     Ok(server)
 }

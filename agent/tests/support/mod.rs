@@ -16,7 +16,7 @@ use containerd_shim_protos::api::{
 };
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::TaskClient;
-use mayu_agent::server::{self, Options};
+use mayu_agent::server::{self, Listeners, Options};
 use mayu_agent_api::sandbox::{Event, EventsRequest, HealthRequest, HealthResponse, event};
 use mayu_agent_api::sandbox_ttrpc::SandboxClient;
 use mayu_agent_api::{PROCESS_TYPE_URL, SPEC_TYPE_URL, StreamId};
@@ -173,10 +173,11 @@ impl Agent {
             run_directory: directory.path().join("run"),
         };
         fs::create_dir(&options.run_directory).unwrap();
-        let (rpc, streams) =
-            (Listener::bind(socket("rpc")).unwrap(), Listener::bind(socket("streams")).unwrap());
+        let [rpc, streams, forward] =
+            ["rpc", "streams", "forward"].map(|name| Listener::bind(socket(name)).unwrap());
         let log = Logger::root(Discard, o!());
-        let server = server::serve(options, rpc, streams, &log).await.unwrap();
+        let listeners = Listeners { rpc, streams, forward };
+        let server = server::serve(options, listeners, &log).await.unwrap();
 
         let client = Client::connect(&socket("rpc")).await.unwrap();
         let sandbox = SandboxClient::new(client.clone());
