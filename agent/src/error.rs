@@ -42,6 +42,9 @@ pub enum Error {
     /// The id is taken.
     #[error("container {0:?} already exists")]
     ContainerExists(String),
+    /// The volume's name is taken.
+    #[error("volume {0:?} already exists")]
+    VolumeExists(String),
     /// The exec id is taken.
     #[error("process {exec:?} already exists in container {container:?}")]
     ProcessExists {
@@ -171,7 +174,9 @@ impl Error {
         match self {
             Self::InvalidId { .. } | Self::InvalidRequest(_) | Self::InvalidSpec(_) => Code::INVALID_ARGUMENT,
             Self::NoContainer(_) | Self::NoProcess { .. } | Self::Finished(_) => Code::NOT_FOUND,
-            Self::ContainerExists(_) | Self::ProcessExists { .. } => Code::ALREADY_EXISTS,
+            Self::ContainerExists(_) | Self::ProcessExists { .. } | Self::VolumeExists(_) => {
+                Code::ALREADY_EXISTS
+            }
             Self::WrongState { .. } => Code::FAILED_PRECONDITION,
             Self::TooMany { .. } => Code::RESOURCE_EXHAUSTED,
             Self::MissingStream { .. } | Self::LaunchDeadline { .. } | Self::CgroupDeadline { .. } => {
@@ -208,6 +213,7 @@ mod tests {
             (Error::NoContainer(id()), Code::NOT_FOUND),
             (Error::Finished(id()), Code::NOT_FOUND),
             (Error::ContainerExists(id()), Code::ALREADY_EXISTS),
+            (Error::VolumeExists(id()), Code::ALREADY_EXISTS),
             (wrong, Code::FAILED_PRECONDITION),
             (Error::InvalidSpec(id()), Code::INVALID_ARGUMENT),
             (Error::Unsupported("x"), Code::UNIMPLEMENTED),

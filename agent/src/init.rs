@@ -8,7 +8,9 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use mayu_agent_api::{FORWARD_PORT, Hello, READY_PORT, RPC_PORT, SHARE_DIR, SHARE_TAG, STREAM_PORT};
+use mayu_agent_api::{
+    FORWARD_PORT, Hello, READY_PORT, RPC_PORT, SHARE_DIR, SHARE_TAG, STREAM_PORT, VOLUME_DIR,
+};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
@@ -128,6 +130,7 @@ async fn boot(entered: Duration) -> Result<std::convert::Infallible> {
         launch_deadline: LAUNCH_DEADLINE,
         stream_deadline: STREAM_DEADLINE,
         run_directory: RUN_DIRECTORY.into(),
+        volume_directory: VOLUME_DIR.into(),
     };
     let _server = server::serve(options, listeners, &log).await?;
     let _ready = announce(entered, &log).await?;

@@ -30,5 +30,6 @@ mod streams;
 mod sys;
 mod sysctl;
 mod task;
+mod volumes;
 
 pub use error::{Error, Result};

@@ -8,8 +8,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures::future::join_all;
 use mayu_agent_api::sandbox::{
-    ConfigureNetworkRequest, ConfigureNetworkResponse, ConfigureRequest, ConfigureResponse, Event,
-    EventsRequest, HealthRequest, HealthResponse, ShutdownRequest, ShutdownResponse,
+    ConfigureNetworkRequest, ConfigureNetworkResponse, ConfigureRequest, ConfigureResponse,
+    CreateVolumeRequest, CreateVolumeResponse, Event, EventsRequest, HealthRequest, HealthResponse,
+    ShutdownRequest, ShutdownResponse,
 };
 use mayu_agent_api::sandbox_ttrpc::Sandbox;
 use nix::sys::reboot::{RebootMode, reboot};
@@ -26,6 +27,7 @@ use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::network::{Network, VirtioSlots};
 use crate::task::Containers;
+use crate::volumes::Volumes;
 use crate::{sys, sysctl};
 
 /// The least entropy a host may give: what the kernel's generator needs to be seeded.
@@ -42,13 +44,15 @@ pub struct SandboxService {
     containers: Arc<Containers>,
     events: Arc<Events>,
     network: Arc<Network<VirtioSlots>>,
+    volumes: Volumes,
     log: Logger,
 }
 
 impl SandboxService {
     /// Serves the guest and its `containers`.
-    pub fn new(containers: Arc<Containers>, events: Arc<Events>, log: Logger) -> Self {
-        Self { containers, events, network: Arc::new(Network::new(VirtioSlots::new())), log }
+    pub fn new(containers: Arc<Containers>, events: Arc<Events>, volumes: Volumes, log: Logger) -> Self {
+        let network = Arc::new(Network::new(VirtioSlots::new()));
+        Self { containers, events, network, volumes, log }
     }
 
     /// Kills all processes and waits for their end, so that what they have written can be written back.
@@ -86,6 +90,15 @@ impl Sandbox for SandboxService {
         let network = Arc::clone(&self.network);
         blocking(move || network.configure(&request)).await?;
         Ok(ConfigureNetworkResponse::default())
+    }
+
+    async fn create_volume(
+        &self,
+        _: &TtrpcContext,
+        request: CreateVolumeRequest,
+    ) -> ttrpc::Result<CreateVolumeResponse> {
+        self.volumes.create(&request)?;
+        Ok(CreateVolumeResponse::default())
     }
 
     async fn events(

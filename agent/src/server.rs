@@ -24,6 +24,7 @@ use crate::runtime::Runtime;
 use crate::sandbox::SandboxService;
 use crate::streams::Streams;
 use crate::task::{Containers, TaskService};
+use crate::volumes::Volumes;
 
 /// How long to wait after a connection could not be accepted, which is for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -38,6 +39,8 @@ pub struct Options {
     pub stream_deadline: Duration,
     /// Where bundles, libcontainer's states and sockets are kept.
     pub run_directory: PathBuf,
+    /// Where the volumes that containers share are mounted.
+    pub volume_directory: PathBuf,
 }
 
 /// Where the shim connects to.
@@ -101,7 +104,8 @@ pub async fn serve(options: Options, listeners: Listeners, log: &Logger) -> Resu
     let containers = Arc::new(Containers::new(runtime));
     tokio::spawn(registry.serve(listeners.streams, log.clone()));
     tokio::spawn(Forwarder::new(log.clone()).serve(listeners.forward));
-    let sandbox = SandboxService::new(Arc::clone(&containers), events, log.clone());
+    let volumes = Volumes::new(options.volume_directory);
+    let sandbox = SandboxService::new(Arc::clone(&containers), events, volumes, log.clone());
     let mut server = Server::new()
         .register_service(create_task(Arc::new(TaskService::new(containers))))
         .register_service(create_sandbox(Arc::new(sandbox)))

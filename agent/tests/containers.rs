@@ -55,6 +55,7 @@ fn containers() {
             out_of_memory_is_told_before_the_exit,
             too_little_memory_to_start_is_explained,
             devices_are_filtered,
+            a_volume_is_shared,
             a_shared_pid_namespace_dies_with_its_init,
             containers_share_the_pods_pid_namespace,
             the_pods_pid_namespace_is_made_anew_when_it_has_died,
@@ -480,6 +481,28 @@ async fn devices_are_filtered(agent: &Agent) {
 
     assert_eq!(output.stdout, "null\n3\n", "{}", output.stderr);
     assert!(output.stderr.contains("/tmp/kmsg: Operation not permitted"), "{}", output.stderr);
+}
+
+async fn a_volume_is_shared(agent: &Agent) {
+    let volume = agent.path("volumes").join("cache");
+    agent.create_volume("cache", 1 << 20).await.unwrap();
+    assert_eq!(code_of(agent.create_volume("cache", 1 << 20).await), Code::ALREADY_EXISTS);
+    assert_eq!(code_of(agent.create_volume("a/b", 0).await), Code::INVALID_ARGUMENT);
+    let with_volume = |script: &str| {
+        let mut spec = spec(&["sh", "-c", script]);
+        let mount =
+            json!({"destination": "/bound", "type": "bind", "source": volume, "options": ["rbind", "rw"]});
+        spec["mounts"].as_array_mut().unwrap().push(mount);
+        spec
+    };
+
+    let write = with_volume("echo shared > /bound/file; dd if=/dev/zero of=/bound/more bs=4096 count=500");
+    let written = agent.run("writer", write, b"").await;
+    assert!(written.stderr.contains("No space left on device"), "{written:?}");
+    let read = agent.run("reader", with_volume("cat /bound/file"), b"").await;
+    assert_eq!(read.stdout, "shared\n", "{}", read.stderr);
+
+    nix::mount::umount(&volume).unwrap();
 }
 
 async fn a_shared_pid_namespace_dies_with_its_init(agent: &Agent) {

@@ -17,7 +17,9 @@ use containerd_shim_protos::api::{
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::TaskClient;
 use mayu_agent::server::{self, Listeners, Options};
-use mayu_agent_api::sandbox::{Event, EventsRequest, HealthRequest, HealthResponse, event};
+use mayu_agent_api::sandbox::{
+    CreateVolumeRequest, Event, EventsRequest, HealthRequest, HealthResponse, event,
+};
 use mayu_agent_api::sandbox_ttrpc::SandboxClient;
 use mayu_agent_api::{PROCESS_TYPE_URL, SPEC_TYPE_URL, StreamId};
 use nix::unistd::Pid;
@@ -171,6 +173,7 @@ impl Agent {
             launch_deadline: Duration::from_secs(120),
             stream_deadline: Duration::from_secs(2),
             run_directory: directory.path().join("run"),
+            volume_directory: directory.path().join("volumes"),
         };
         fs::create_dir(&options.run_directory).unwrap();
         let [rpc, streams, forward] =
@@ -467,6 +470,12 @@ impl Agent {
 
     pub async fn health(&self) -> HealthResponse {
         self.sandbox.health(forever(), &HealthRequest::default()).await.unwrap()
+    }
+
+    pub async fn create_volume(&self, name: &str, size_bytes: u64) -> Result<()> {
+        let request =
+            CreateVolumeRequest { name: name.into(), size_bytes, mode: 0o777, ..Default::default() };
+        self.sandbox.create_volume(forever(), &request).await.map(drop)
     }
 
     /// Waits for the report of a process's end and takes it out.
