@@ -8,6 +8,7 @@ mod blocking;
 mod cgroup;
 pub mod console;
 mod container;
+mod cpus;
 mod device_filter;
 mod error;
 mod events;

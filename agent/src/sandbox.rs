@@ -10,7 +10,7 @@ use futures::future::join_all;
 use mayu_agent_api::sandbox::{
     ConfigureNetworkRequest, ConfigureNetworkResponse, ConfigureRequest, ConfigureResponse,
     CreateVolumeRequest, CreateVolumeResponse, Event, EventsRequest, HealthRequest, HealthResponse,
-    ShutdownRequest, ShutdownResponse,
+    ResizeRequest, ResizeResponse, ShutdownRequest, ShutdownResponse,
 };
 use mayu_agent_api::sandbox_ttrpc::Sandbox;
 use nix::sys::reboot::{RebootMode, reboot};
@@ -23,6 +23,7 @@ use tokio::time::{sleep, timeout};
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use crate::blocking::blocking;
+use crate::cpus::Cpus;
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::network::{Network, VirtioSlots};
@@ -45,6 +46,7 @@ pub struct SandboxService {
     events: Arc<Events>,
     network: Arc<Network<VirtioSlots>>,
     volumes: Volumes,
+    cpus: Arc<Cpus>,
     log: Logger,
 }
 
@@ -52,7 +54,7 @@ impl SandboxService {
     /// Serves the guest and its `containers`.
     pub fn new(containers: Arc<Containers>, events: Arc<Events>, volumes: Volumes, log: Logger) -> Self {
         let network = Arc::new(Network::new(VirtioSlots::new()));
-        Self { containers, events, network, volumes, log }
+        Self { containers, events, network, volumes, cpus: Arc::new(Cpus::new()), log }
     }
 
     /// Kills all processes and waits for their end, so that what they have written can be written back.
@@ -99,6 +101,12 @@ impl Sandbox for SandboxService {
     ) -> ttrpc::Result<CreateVolumeResponse> {
         self.volumes.create(&request)?;
         Ok(CreateVolumeResponse::default())
+    }
+
+    async fn resize(&self, _: &TtrpcContext, request: ResizeRequest) -> ttrpc::Result<ResizeResponse> {
+        let cpus = Arc::clone(&self.cpus);
+        blocking(move || cpus.resize(request.vcpus)).await?;
+        Ok(ResizeResponse::default())
     }
 
     async fn events(
