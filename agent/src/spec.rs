@@ -7,7 +7,9 @@ use std::path::Path;
 use mayu_agent_api::{PROCESS_TYPE_URL, SPEC_TYPE_URL};
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::Mode;
-use oci_spec::runtime::{LinuxCapabilities, LinuxNamespaceType, LinuxResources, LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{
+    Linux, LinuxCapabilities, LinuxNamespaceType, LinuxResources, LinuxSeccomp, Process, Spec,
+};
 use protobuf::well_known_types::any::Any;
 use serde::de::DeserializeOwned;
 
@@ -121,6 +123,7 @@ pub fn adapt_spec(spec: &mut Spec, id: &str, terminal: bool) -> Result<Container
     check_mounts(spec)?;
     let mut process = spec.process().clone().ok_or_else(|| missing("process"))?;
     let linux = spec.linux_mut().as_mut().ok_or_else(|| missing("linux"))?;
+    refuse_user_namespace(linux)?;
     linux.set_cgroups_path(Some(Cgroup::spec_path(id)));
     let seccomp = linux.seccomp().clone();
     linux.set_seccomp(None);
@@ -192,8 +195,36 @@ pub fn adapt_process(
     Ok(plan)
 }
 
+/// Refuses what Kubernetes calls `hostUsers: false`. Mapped ids need mounts that map them back, which virtio-fs has not; libcontainer
+/// leaves execs in the user namespace of the agent, and would put the container under a systemd that is not there.
+fn refuse_user_namespace(linux: &Linux) -> Result<()> {
+    let refuse = |field| {
+        let reason =
+            "a user namespace of the container's own (Kubernetes: hostUsers: false) is not supported";
+        Err(Error::InvalidSpec(format!("{field}: {reason}")))
+    };
+    let namespaces = linux.namespaces().iter().flatten();
+    if namespaces.into_iter().any(|namespace| namespace.typ() == LinuxNamespaceType::User) {
+        return refuse("linux.namespaces");
+    }
+    if linux.uid_mappings().as_ref().is_some_and(|mappings| !mappings.is_empty()) {
+        return refuse("linux.uidMappings");
+    }
+    if linux.gid_mappings().as_ref().is_some_and(|mappings| !mappings.is_empty()) {
+        return refuse("linux.gidMappings");
+    }
+    Ok(())
+}
+
 fn check_mounts(spec: &Spec) -> Result<()> {
     for mount in spec.mounts().iter().flatten() {
+        let mappings = [("uidMappings", mount.uid_mappings()), ("gidMappings", mount.gid_mappings())];
+        if let Some((field, _)) = mappings.iter().find(|(_, mappings)| mappings.is_some()) {
+            return Err(Error::InvalidSpec(format!(
+                "mount {}: {field}: mounts that map users are not supported",
+                mount.destination().display()
+            )));
+        }
         let options = mount.options().as_deref().unwrap_or_default();
         let bind = mount.typ().as_deref() == Some("bind")
             || options.iter().any(|option| option == "bind" || option == "rbind");
@@ -319,6 +350,30 @@ mod tests {
         assert!(with(&|d| d["mounts"] = bind.clone()).contains("/no/source"));
         let namespace = json!([{"type": "ipc", "path": "/no/namespace"}]);
         assert!(with(&|d| d["linux"]["namespaces"] = namespace.clone()).contains("/no/namespace"));
+    }
+
+    #[test]
+    fn users_of_a_containers_own_are_refused_by_the_field_that_asks_for_them() {
+        let root = tempfile::tempdir().unwrap();
+        let with = |change: &dyn Fn(&mut Value)| {
+            let mut document = document(root.path());
+            change(&mut document);
+            reason(&document)
+        };
+        let mappings = json!([{"containerID": 0, "hostID": 65536, "size": 65536}]);
+        let mount =
+            |field: &str| json!([{"destination": "/m", "source": "/", "options": ["bind"], field: mappings}]);
+
+        assert!(
+            with(&|d| d["linux"]["namespaces"][0]["type"] = json!("user")).starts_with("linux.namespaces:")
+        );
+        assert!(with(&|d| d["linux"]["uidMappings"] = mappings.clone()).starts_with("linux.uidMappings:"));
+        assert!(with(&|d| d["linux"]["gidMappings"] = mappings.clone()).starts_with("linux.gidMappings:"));
+        assert!(with(&|d| d["mounts"] = mount("uidMappings")).starts_with("mount /m: uidMappings:"));
+        assert!(with(&|d| d["mounts"] = mount("gidMappings")).starts_with("mount /m: gidMappings:"));
+        let mut none = document(root.path());
+        none["linux"]["uidMappings"] = json!([]);
+        assert!(adapt(&none).is_ok());
     }
 
     #[test]
