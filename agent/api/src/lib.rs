@@ -45,7 +45,8 @@ pub const STREAM_PORT: u32 = 1026;
 
 /// The guest port through which the shim reaches servers that listen on the guest's own loopback. On each connection the
 /// shim writes the TCP port as two big-endian bytes. The agent dials 127.0.0.1, then ::1, and answers with one byte, 0 for a
-/// connection or the error number of the last refusal; after a 0 the stream is that connection, half-closes included.
+/// connection or the error number of the last refusal; after a 0 the stream is that connection, half-closes included. A connection
+/// that is one too many for the agent, or names no port in time, is closed without an answer.
 pub const FORWARD_PORT: u32 = 1027;
 
 /// Below it lie the volumes that `CreateVolume` makes, each under its name.
@@ -55,11 +56,12 @@ pub const VOLUME_DIR: &str = "/run/mayu/volumes";
 /// `major:minor` that the spec has to the serial number of the guest's disk (`/sys/block/*/serial`).
 pub const BLOCK_DEVICES: &str = "io.mayu.guest.block-devices";
 
-/// What a container's spec gives as the path of the pod's own PID namespace. The agent makes the namespace, with a process that
-/// collects its orphans, for the first container that asks for it.
+/// What a container's spec gives as the path of the pod's own PID namespace. The agent makes the namespace, with a process `/pause`
+/// that collects its orphans, for the first container that asks for it, and it stays until the guest ends.
 pub const POD_PID_NAMESPACE: &str = "/run/mayu/namespaces/pid";
 
-/// What a container's spec gives as the path of another container's PID namespace: this followed by the container's id.
+/// What a container's spec gives as the path of another container's PID namespace: this followed by the id of that container,
+/// which has to be running. When its init ends, so do all in the namespace.
 pub const CONTAINER_PID_NAMESPACE: &str = "/run/mayu/namespaces/container-pid/";
 
 /// The tag of the virtio-fs device, and the guest directory on which the agent mounts it.
