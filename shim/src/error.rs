@@ -200,6 +200,28 @@ pub enum Error {
         /// The kernel's reason.
         source: io::Error,
     },
+    /// The pod's network namespace is not there, or holds what a guest cannot have.
+    #[error("network namespace {}: {reason}", path.display())]
+    NetworkNamespace {
+        /// Its path.
+        path: PathBuf,
+        /// What is wrong, with the interface where it is one's.
+        reason: String,
+    },
+    /// The kernel refused a part of the pod's network.
+    #[error("{operation} {subject} in network namespace {}: {source}{hint}", namespace.display())]
+    Network {
+        /// What was done.
+        operation: &'static str,
+        /// To which interface, or what was read.
+        subject: String,
+        /// The namespace's path.
+        namespace: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+        /// What to do about it, or nothing.
+        hint: &'static str,
+    },
     /// A conversation with the VMM failed.
     #[error(transparent)]
     Vmm(#[from] mayu_vmm_api::Error),
@@ -285,6 +307,7 @@ impl Error {
             | Self::AmbiguousTarget { .. }
             | Self::Config { .. }
             | Self::HostFile { .. }
+            | Self::NetworkNamespace { .. }
             | Self::Machine(_) => Code::FAILED_PRECONDITION,
             Self::Unimplemented(_) | Self::NoProcess { .. } => Code::UNIMPLEMENTED,
             Self::BootTimeout { .. } | Self::AgentTimeout { .. } => Code::DEADLINE_EXCEEDED,
@@ -296,6 +319,7 @@ impl Error {
             | Self::Spawn { .. }
             | Self::Stats { .. }
             | Self::System { .. }
+            | Self::Network { .. }
             | Self::Vmm(_)
             | Self::Boot { .. }
             | Self::AgentConnection { .. }

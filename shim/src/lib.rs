@@ -24,6 +24,7 @@ pub mod hooks;
 pub mod id;
 pub mod info;
 pub mod log;
+pub mod network;
 pub mod pidfd;
 pub mod pod;
 pub mod pod_spec;
