@@ -12,6 +12,8 @@
 //!  │ routes, … ├───┤  veth, macvlan, …           TAP  ├───┤  virtio-net       ├───┤    eth0    │
 //!  └───────────┘   │   ingress ──── mirred ───▶ out   │   │  device in slot 0 │   └────────────┘
 //!                  │   out ◀─────── mirred ── ingress │   └───────────────────┘
+//!                  │                                  │
+//!                  │  lo ── SK_LOOKUP ──▶ shim ─ ─ ─ ─│─ ─ ─ vsock ─ ─ ─▶ agent ──▶ the guest's own lo
 //!                  └──────────────────────────────────┘
 //! ```
 //!
@@ -20,12 +22,18 @@
 //!   the guest is written to that descriptor, arrives at the ingress hook of `mayu0`, and is sent out of `eth0`.
 //! * Segmentation and checksum offloads need no care here: the frame goes out through `dev_queue_xmit()`, which cuts
 //!   and completes it in software where the TAP has not been told (TUNSETOFFLOAD) that its reader can.
+//! * The only traffic that the namespace's own stack still sees is that of its loopback interface, where containerd
+//!   dials for `kubectl port-forward` ([`forward`]).
 //!
 //! The guest does without policy rules, routes over interfaces that are down, and what router advertisements brought,
 //! which it receives itself; the pod's log says so. netfilter rules inside the namespace see no frame. A macvlan
 //! interface passes on no multicast group that only a process of the guest has joined.
 
+pub mod forward;
+
+mod bpf;
 mod links;
+mod lookup;
 mod mirror;
 mod namespace;
 mod redirect;
@@ -37,5 +45,6 @@ mod testing;
 #[cfg(test)]
 mod tests;
 
+pub use forward::PortForwarding;
 pub use mirror::Network;
 pub use namespace::NetworkNamespace;

@@ -95,7 +95,7 @@ impl NetworkNamespace {
         let (answer, answered) = oneshot::channel();
         let run = move || {
             // Nobody waits for the answer any more where the caller was cancelled.
-            let _ = answer.send(enter(&namespace, path, log, work));
+            let _ = answer.send(enter(namespace, path, log, work));
         };
         let thread = thread::Builder::new().name("netns".into()).stack_size(STACK);
         thread
@@ -108,11 +108,11 @@ impl NetworkNamespace {
     }
 }
 
-fn enter<T, F>(namespace: &File, path: PathBuf, log: Logger, work: impl FnOnce(Inside) -> F) -> Result<T>
+fn enter<T, F>(namespace: File, path: PathBuf, log: Logger, work: impl FnOnce(Inside) -> F) -> Result<T>
 where
     F: Future<Output = Result<T>>,
 {
-    setns(namespace, CloneFlags::CLONE_NEWNET).map_err(|errno| Error::NetworkNamespace {
+    setns(&namespace, CloneFlags::CLONE_NEWNET).map_err(|errno| Error::NetworkNamespace {
         path: path.clone(),
         reason: format!("enter it: {errno}"),
     })?;
@@ -124,7 +124,7 @@ where
         let (connection, netlink, _) =
             rtnetlink::new_connection().map_err(system("open a netlink socket in the network namespace"))?;
         tokio::spawn(connection);
-        work(Inside { netlink, log, path }).await
+        work(Inside { netlink, namespace, log, path }).await
     })
 }
 
@@ -132,6 +132,8 @@ where
 pub(super) struct Inside {
     /// rtnetlink(7) of the namespace.
     pub netlink: Handle,
+    /// The namespace.
+    pub namespace: File,
     /// Lines name the pod.
     pub log: Logger,
     path: PathBuf,
