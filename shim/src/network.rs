@@ -25,8 +25,8 @@
 //! * The only traffic that the namespace's own stack still sees is that of its loopback interface, where containerd
 //!   dials for `kubectl port-forward` ([`forward`]).
 //!
-//! The guest does without policy rules, routes over interfaces that are down, and what router advertisements brought,
-//! which it receives itself; the pod's log says so. netfilter rules inside the namespace see no frame. A macvlan
+//! The guest does without policy rules, routes over interfaces that are down, and what router advertisements brought, to
+//! which it does not listen; the pod's log says so. netfilter rules inside the namespace see no frame. A macvlan
 //! interface passes on no multicast group that only a process of the guest has joined.
 
 pub mod forward;

@@ -24,6 +24,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
+use super::links::LOOPBACK;
 use super::lookup::LoopbackLookup;
 use super::namespace::{Inside, NetworkNamespace, is_one_of};
 use crate::error::system;
@@ -34,9 +35,6 @@ const MAX_CONNECTIONS: usize = 256;
 
 /// How long nothing is accepted after that has failed, for want of descriptors or memory.
 const BREATHER: Duration = Duration::from_millis(100);
-
-/// The loopback interface's index is the first in every namespace (`LOOPBACK_IFINDEX`, net/flow.h).
-const LOOPBACK: u32 = 1;
 
 const NO_BPF: &str =
     "; it needs Linux 5.9 with CONFIG_BPF_SYSCALL and CONFIG_NET_SOCK_MSG, CAP_BPF and CAP_NET_ADMIN";

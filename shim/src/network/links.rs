@@ -14,6 +14,12 @@ use crate::Result;
 /// The most interfaces that a namespace may have, of whatever kind.
 pub(super) const MAX_LINKS: usize = 1024;
 
+/// The loopback interface's index in every namespace (`LOOPBACK_IFINDEX`, net/flow.h).
+pub(super) const LOOPBACK: u32 = 1;
+
+/// What a virtio network device takes (`MAX_MTU`, drivers/net/virtio_net.c).
+const MAX_MTU: u32 = 65535;
+
 /// A hardware address (`ETH_ALEN`).
 pub(super) type HardwareAddress = [u8; 6];
 
@@ -119,7 +125,7 @@ fn link(message: &LinkMessage) -> Link {
         index: message.header.index,
         name: name(message).into(),
         address,
-        mtu: mtu.unwrap_or_default(),
+        mtu: mtu.unwrap_or_default().min(MAX_MTU),
         no_arp: message.header.flags.contains(LinkFlags::Noarp) || address.is_none(),
     }
 }

@@ -18,7 +18,7 @@ use slog::{info, warn};
 
 use super::links::{self, HardwareAddress, Link};
 use super::namespace::{Inside, is_one_of};
-use super::routes;
+use super::routes::{self, Known};
 use crate::{Error, Result};
 
 /// The most addresses, over all interfaces, that a pod may have.
@@ -69,8 +69,10 @@ impl Network {
                 insert(&mut interfaces[slot].addresses, address);
             }
         }
-        let routes = routes(inside, &names).await?;
         let neighbours = neighbours(inside, &names).await?;
+        let addresses = interfaces.iter().flat_map(|interface| &interface.addresses);
+        let addresses = addresses.map(|address| address.ip.clone()).collect();
+        let routes = routes(inside, &Known { interfaces: names, addresses }).await?;
         tell_of_rules(inside).await?;
         let request = ConfigureNetworkRequest { interfaces, routes, neighbours, ..Default::default() };
         Ok(Self { links, request })
@@ -106,7 +108,7 @@ async fn addresses(inside: &Inside, names: &HashMap<u32, String>) -> Result<Vec<
         let flags = address_flags(&message);
         if ip.is_ipv6() && !flags.contains(AddressFlags::Permanent) {
             info!(inside.log, "an address stays outside the guest"; "address" => ip.to_string(), "interface" => name,
-                "reason" => "router advertisements brought it, or it expires");
+                "reason" => "it expires, as what router advertisements bring");
             return None;
         }
         if flags.contains(AddressFlags::Dadfailed) {
@@ -151,7 +153,7 @@ fn address_flags(message: &AddressMessage) -> AddressFlags {
     flags.unwrap_or_else(|| AddressFlags::from_bits_retain(message.header.flags.bits().into()))
 }
 
-async fn routes(inside: &Inside, names: &HashMap<u32, String>) -> Result<Vec<Route>> {
+async fn routes(inside: &Inside, known: &Known) -> Result<Vec<Route>> {
     let mut left_out: Vec<(String, &'static str)> = Vec::new();
     let mut count = 0_u64;
     let mut tell = |message: &RouteMessage, reason| {
@@ -162,7 +164,7 @@ async fn routes(inside: &Inside, names: &HashMap<u32, String>) -> Result<Vec<Rou
     };
     // Of all families: for one that the kernel lacks it would answer with all others.
     let dump = inside.netlink.route().get(RouteMessage::default()).execute();
-    let keep = |message: RouteMessage| match routes::judge(&message, names) {
+    let keep = |message: RouteMessage| match routes::judge(&message, known) {
         routes::Verdict::Mirror(route) => Some(route),
         routes::Verdict::Reduced(route, reason) => {
             tell(&message, reason);
@@ -512,7 +514,7 @@ mod tests {
         let lines = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
         for told in [
             r#""reason":"it is down","interface":"eth1""#,
-            r#"or it expires","interface":"eth0","address":"fd00::5""#,
+            r#"advertisements bring","interface":"eth0","address":"fd00::5""#,
             "0.0.0.0/0: it leads several ways, of which the guest takes the first",
             "fd00::/64: it expires",
             r#""rules":1"#,

@@ -1,7 +1,7 @@
 //! Routes of the namespace in the terms of the agent's service.
 
 use std::cmp::Reverse;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use mayu_agent_api::sandbox::{IpPrefix, Route};
@@ -11,6 +11,8 @@ use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteNextHop,
     RouteNextHopFlags, RouteProtocol, RouteType, RouteVia,
 };
+
+use super::links::LOOPBACK;
 
 /// `RT_TABLE_LOCAL`, which the guest's kernel fills by itself.
 const LOCAL_TABLE: u32 = 255;
@@ -27,6 +29,15 @@ pub(super) enum Verdict {
     LeaveOut(&'static str),
 }
 
+/// What a route of the guest may refer to.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    /// Names by index.
+    pub interfaces: HashMap<u32, String>,
+    /// In network order.
+    pub addresses: HashSet<Vec<u8>>,
+}
+
 /// Where a route leads.
 #[derive(Default)]
 struct Hop {
@@ -35,8 +46,8 @@ struct Hop {
     on_link: bool,
 }
 
-/// Decides on one route. `interfaces` are those that the guest gets, by index.
-pub(super) fn judge(message: &RouteMessage, interfaces: &HashMap<u32, String>) -> Verdict {
+/// Decides on one route.
+pub(super) fn judge(message: &RouteMessage, known: &Known) -> Verdict {
     let header = &message.header;
     let table = table(message);
     let ip = matches!(header.address_family, AddressFamily::Inet | AddressFamily::Inet6);
@@ -47,20 +58,19 @@ pub(super) fn judge(message: &RouteMessage, interfaces: &HashMap<u32, String>) -
         return Verdict::LeaveOut(reason);
     }
     let (hop, mut reduced) = hop(message);
-    let leads_nowhere = matches!(
-        header.kind,
-        RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit | RouteType::Throw
-    );
-    let interface = hop.interface.and_then(|index| interfaces.get(&index));
-    let interface = match interface {
-        // IPv6 lets these lead to the loopback interface.
-        _ if leads_nowhere => String::new(),
-        Some(name) => name.clone(),
+    let name = hop.interface.and_then(|index| known.interfaces.get(&index));
+    let interface = match (hop.interface, name) {
+        // IPv6 lets the others, which lead nowhere, lead to the loopback interface.
+        _ if header.kind != RouteType::Unicast => String::new(),
+        (_, Some(name)) => name.clone(),
         // What the kernel keeps for loopback and for interfaces that are down.
-        None if header.protocol == RouteProtocol::Kernel => return Verdict::Pass,
+        _ if header.protocol == RouteProtocol::Kernel => return Verdict::Pass,
+        (Some(LOOPBACK), None) => "lo".into(),
+        (Some(_), None) => {
+            return Verdict::LeaveOut("it leads over an interface that the guest does not get");
+        }
         // With net.ipv4.nexthop_compat_mode off.
-        None if hop.interface.is_none() => return Verdict::LeaveOut("its next hop is an object of its own"),
-        None => return Verdict::LeaveOut("it leads over an interface that the guest does not get"),
+        (None, None) => return Verdict::LeaveOut("its next hop is an object of its own"),
     };
     let mut route = Route {
         interface,
@@ -75,7 +85,13 @@ pub(super) fn judge(message: &RouteMessage, interfaces: &HashMap<u32, String>) -
     };
     for attribute in &message.attributes {
         match attribute {
-            RouteAttribute::PrefSource(address) => route.preferred_source = octets(address),
+            RouteAttribute::PrefSource(address) => {
+                let address = octets(address);
+                match known.addresses.contains(&address) {
+                    true => route.preferred_source = address,
+                    false => reduced = reduced.or(Some("its source is no address of the guest's interfaces")),
+                }
+            }
             RouteAttribute::Priority(metric) => route.metric = *metric,
             RouteAttribute::Metrics(metrics) if mtu(metrics, &mut route.mtu) => {
                 reduced = reduced.or(Some("it has metrics besides the MTU"));
@@ -115,6 +131,16 @@ pub(super) fn describe(message: &RouteMessage) -> String {
 /// Why leaving out a part of a route would make another one of it.
 fn cannot_be_told(message: &RouteMessage) -> Option<&'static str> {
     let header = &message.header;
+    let kinds = [
+        RouteType::Unicast,
+        RouteType::BlackHole,
+        RouteType::Unreachable,
+        RouteType::Prohibit,
+        RouteType::Throw,
+    ];
+    if !kinds.contains(&header.kind) {
+        return Some("its kind is none of unicast, blackhole, unreachable, prohibit, throw");
+    }
     if header.source_prefix_length != 0 {
         return Some("it applies to some source addresses only");
     }
@@ -122,7 +148,7 @@ fn cannot_be_told(message: &RouteMessage) -> Option<&'static str> {
         return Some("it applies to one type of service only");
     }
     if header.protocol == RouteProtocol::Ra {
-        return Some("router advertisements brought it, and the guest receives those itself");
+        return Some("router advertisements brought it");
     }
     message.attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::CacheInfo(info) if info.expires != 0 => Some("it expires"),
@@ -214,16 +240,24 @@ mod tests {
 
     use super::*;
 
-    fn interfaces() -> HashMap<u32, String> {
-        HashMap::from([(2, "eth0".to_string())])
+    fn known() -> Known {
+        Known {
+            interfaces: HashMap::from([(2, "eth0".to_string())]),
+            addresses: HashSet::from([vec![10, 0, 0, 5]]),
+        }
     }
 
     fn route(prefix: [u8; 4], length: u8) -> RouteMessageBuilder<Ipv4Addr> {
         RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(prefix.into(), length).output_interface(2)
     }
 
+    fn over(prefix: [u8; 4], interface: u32) -> RouteMessage {
+        let builder = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(prefix.into(), 8);
+        builder.output_interface(interface).build()
+    }
+
     fn mirrored(message: &RouteMessage) -> Route {
-        match judge(message, &interfaces()) {
+        match judge(message, &known()) {
             Verdict::Mirror(route) => route,
             other => panic!("{other:?}"),
         }
@@ -241,10 +275,12 @@ mod tests {
             route([10, 0, 0, 0], 8).tos(8).build(),
             route([10, 0, 0, 0], 8).source_prefix([10, 1, 0, 0].into(), 16).build(),
             route([10, 0, 0, 0], 8).protocol(RouteProtocol::Ra).build(),
-            route([10, 0, 0, 0], 8).output_interface(9).build(),
+            route([10, 0, 0, 0], 8).kind(RouteType::Broadcast).build(),
+            over([10, 0, 0, 0], 9),
+            RouteMessageBuilder::<Ipv4Addr>::new().nhid(7).build(),
             expiring,
         ] {
-            assert!(matches!(judge(&message, &interfaces()), Verdict::LeaveOut(_)), "{message:?}");
+            assert!(matches!(judge(&message, &known()), Verdict::LeaveOut(_)), "{message:?}");
         }
     }
 
@@ -253,13 +289,14 @@ mod tests {
         let local = route([10, 0, 0, 1], 32).table_id(255).build();
         let mut cached = route([10, 0, 0, 1], 32).build();
         cached.header.flags |= RouteFlags::Cloned;
-        let mut down = route([10, 0, 0, 0], 8).protocol(RouteProtocol::Kernel).build();
-        down.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::Oif(_)));
-        down.attributes.push(RouteAttribute::Oif(1));
+        let mut down = over([10, 0, 0, 0], 9);
+        down.header.protocol = RouteProtocol::Kernel;
+        let mut loopback = over([10, 0, 0, 0], LOOPBACK);
+        loopback.header.protocol = RouteProtocol::Kernel;
         let mut multicast = route([10, 0, 0, 1], 32).build();
         multicast.header.address_family = AddressFamily::Other(128);
-        for message in [local, cached, down, multicast] {
-            assert_eq!(judge(&message, &interfaces()), Verdict::Pass, "{message:?}");
+        for message in [local, cached, down, loopback, multicast] {
+            assert_eq!(judge(&message, &known()), Verdict::Pass, "{message:?}");
         }
     }
 
@@ -274,12 +311,25 @@ mod tests {
         });
         let mut message = RouteMessageBuilder::<Ipv4Addr>::new().build();
         message.attributes.push(RouteAttribute::MultiPath(hops.into()));
-        let Verdict::Reduced(route, reason) = judge(&message, &interfaces()) else { panic!() };
+        let Verdict::Reduced(route, reason) = judge(&message, &known()) else { panic!() };
         assert_eq!(
             (route.interface.as_str(), route.gateway, route.on_link),
             ("eth0", vec![10, 0, 0, 1], true)
         );
         assert!(reason.contains("several ways"), "{reason}");
+    }
+
+    #[test]
+    fn a_route_to_loopback_that_somebody_made_is_one_of_the_guests() {
+        assert_eq!(mirrored(&over([10, 0, 0, 0], LOOPBACK)).interface, "lo");
+    }
+
+    #[test]
+    fn a_source_that_the_guest_does_not_have_is_left_out() {
+        let from = |last| route([10, 0, 0, 0], 8).pref_source([10, 0, 0, last].into()).build();
+        assert_eq!(mirrored(&from(5)).preferred_source, [10, 0, 0, 5]);
+        let Verdict::Reduced(route, _) = judge(&from(6), &known()) else { panic!() };
+        assert!(route.preferred_source.is_empty());
     }
 
     #[test]
@@ -298,7 +348,7 @@ mod tests {
             .push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(1400), RouteMetric::Hoplimit(0)]));
         assert_eq!(mirrored(&message).mtu, 1400);
         message.attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Advmss(1300)]));
-        assert!(matches!(judge(&message, &interfaces()), Verdict::Reduced(..)));
+        assert!(matches!(judge(&message, &known()), Verdict::Reduced(..)));
     }
 
     #[test]
