@@ -7,8 +7,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use containerd_shim_protos::shim_async::TaskClient;
 use mayu_agent_api::Hello;
 use mayu_agent_api::sandbox::{
-    ConfigureRequest, CreateVolumeRequest, Event, EventsRequest, HealthRequest, HealthResponse,
-    ShutdownRequest,
+    ConfigureNetworkRequest, ConfigureRequest, CreateVolumeRequest, Event, EventsRequest, HealthRequest,
+    HealthResponse, ShutdownRequest,
 };
 use mayu_agent_api::sandbox_ttrpc::SandboxClient;
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -115,6 +115,15 @@ impl Agent {
         };
         let call = self.sandbox.configure(Context::default(), &request);
         answer("configure the guest", self.deadline, call).await.map(drop)
+    }
+
+    /// Makes the guest's network that of the pod.
+    ///
+    /// # Errors
+    /// As [`Agent::task`].
+    pub async fn configure_network(&self, request: ConfigureNetworkRequest) -> Result<()> {
+        let call = self.sandbox.configure_network(Context::default(), &request);
+        answer("configure the guest's network", self.deadline, call).await.map(drop)
     }
 
     /// Makes a file system in the guest's memory.

@@ -1,54 +1,37 @@
-//! One pod's VM: from a spawned VMM to an agent that answers, and back to nothing.
+//! One pod's VM: what can be done with it while it lives, and how it ends.
+
+mod boot;
+mod network;
 
 use std::collections::HashSet;
-use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use mayu_agent_api::{READY_PORT, RPC_PORT, STREAM_PORT, StreamId};
-use mayu_vmm_api::{Event, EventStream, ExitReason, Request, VmConfig, VmmClient};
+use mayu_agent_api::{STREAM_PORT, StreamId};
+use mayu_vmm_api::{Event, EventStream, ExitReason, Request, VmmClient};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use slog::{Logger, debug, info, warn};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, watch};
-use tokio::task::{JoinHandle, spawn_blocking};
-use tokio::time::{Instant, timeout_at};
+use tokio::task::spawn_blocking;
 
-use crate::agent::{Agent, AgentEvents, read_hello};
-use crate::cgroup;
+use crate::agent::Agent;
 use crate::config::Config;
-use crate::console::{Console, Source};
-use crate::delete::start_time;
+use crate::console::Console;
 use crate::devices::{BlockDevice, Place, Slots};
-use crate::error::{file, system};
-use crate::pod_spec::{PodFile, PodSpec, Size};
+use crate::error::system;
+use crate::pod_spec::Size;
 use crate::spec::Volume;
-use crate::state_dir::{Record, StateDir};
-use crate::vmm_process::{Building, HostFiles, Spawned, VmmProcess};
-use crate::{Error, Result};
+use crate::state_dir::StateDir;
+use crate::vmm_process::VmmProcess;
+use crate::{Result, cgroup};
 
-/// The guest's vsock context id. It need not differ from pod to pod: each VMM has a vsock of its own.
-const GUEST_CID: u32 = 3;
+pub use boot::Blueprint;
 
-/// What a VM is made of.
-#[derive(Clone, Debug)]
-pub struct Blueprint {
-    /// The pod.
-    pub id: String,
-    /// What the pod is to be.
-    pub spec: PodSpec,
-    /// How large the VM is to be.
-    pub size: Size,
-    /// The operator's configuration.
-    pub config: Config,
-    /// The pod's directory, which has been made.
-    pub dir: StateDir,
-    /// Lines name the pod.
-    pub log: Logger,
-}
+use network::Network;
 
 /// A running VM.
 #[derive(Debug)]
@@ -65,6 +48,7 @@ pub struct Sandbox {
     volumes: Mutex<HashSet<String>>,
     /// What is in the block slots.
     slots: Mutex<Slots>,
+    network: Mutex<Network>,
     size: Size,
     vmm: VmmProcess,
     client: Arc<VmmClient>,
@@ -83,65 +67,7 @@ pub struct Signs {
     console: Console,
 }
 
-/// A guest that has come up.
-struct Up {
-    agent: Agent,
-    agent_events: AgentEvents,
-    ready: UnixStream,
-}
-
 impl Sandbox {
-    /// Starts the VMM, boots the guest and waits for its agent. `attach` mounts the first container's files on the
-    /// share while the guest boots; what was mounted before, the VMM would not see.
-    ///
-    /// # Errors
-    /// The step that failed, with the end of the guest's console where it may tell more; then there is no process
-    /// and no cgroup. The directory stays, with what is mounted there.
-    pub async fn boot(
-        blueprint: Blueprint,
-        attach: impl FnOnce() -> Result<()> + Send + 'static,
-    ) -> Result<(Self, Signs, AgentEvents)> {
-        let Blueprint { config, dir, log, .. } = &blueprint;
-        let files = HostFiles::open(&config.vm)?;
-        let (mut console, console_writer) = Console::pipe(Source::Guest, log.clone())?;
-        let machine = machine(&blueprint);
-        let pod_files = write_files(dir, &blueprint.spec.files)?;
-        let building = Building { machine, files, share: dir.share(), console: console_writer };
-        let mut spawned = VmmProcess::spawn(config, building, log).await?;
-        let mut own_cgroup = None;
-        let up = come_up(&blueprint, &mut spawned, &mut own_cgroup, attach).await;
-        let Spawned { process: vmm, client, events: vmm_events, .. } = spawned;
-        match up {
-            Ok(Up { agent, agent_events, ready }) => {
-                let Blueprint { config, dir, log, size, .. } = blueprint;
-                let sandbox = Self {
-                    config,
-                    dir,
-                    agent,
-                    files: pod_files,
-                    volumes: Mutex::default(),
-                    slots: Mutex::default(),
-                    size,
-                    vmm,
-                    client,
-                    own_cgroup,
-                    next_stream: AtomicU64::new(1),
-                    condemned: watch::Sender::new(None),
-                    ended: watch::Sender::new(None),
-                    log,
-                };
-                Ok((sandbox, Signs { vmm_events, ready, console }, agent_events))
-            }
-            Err(error) => {
-                let end = vmm.kill().await;
-                if let Some(directory) = &own_cgroup {
-                    cgroup::remove(directory);
-                }
-                Err(with_console(error, &end, console.final_tail().await))
-            }
-        }
-    }
-
     /// The VMM's pid, which containerd is told as the pid of every process of the pod.
     pub fn pid(&self) -> u32 {
         self.vmm.pid.unsigned_abs()
@@ -150,6 +76,19 @@ impl Sandbox {
     /// How large the VM is.
     pub fn size(&self) -> Size {
         self.size
+    }
+
+    /// Gives the guest the network that somebody may have set up in the VMM's own network namespace since the boot, where the
+    /// pod was not given another one.
+    ///
+    /// # Errors
+    /// The step that failed.
+    pub async fn adopt_network(&self) -> Result<()> {
+        let mut network = self.network.lock().await;
+        if matches!(*network, Network::Unknown) {
+            *network = Network::adopt(self.pid(), &self.client, &self.agent, &self.log).await?;
+        }
+        Ok(())
     }
 
     /// Connects a stdio stream of a process that the agent knows by `id`.
@@ -230,6 +169,8 @@ impl Sandbox {
                 reason.ok().and_then(|reason| reason.clone()).unwrap_or_default(),
         };
         let how = self.vmm.kill().await;
+        // The namespace would stay for as long as it is held, and with it what CNI wants to take away.
+        *self.network.lock().await = Network::Gone;
         // The VMM's own word is better than what its end looks like from outside.
         while let Ok((event, _)) = signs.vmm_events.try_recv() {
             if let Event::Exited(why) = event {
@@ -276,118 +217,6 @@ impl Sandbox {
     }
 }
 
-fn machine(blueprint: &Blueprint) -> VmConfig {
-    let vm = &blueprint.config.vm;
-    VmConfig {
-        sandbox_id: blueprint.id.clone(),
-        vcpus: blueprint.size.vcpus,
-        memory_mib: blueprint.size.memory_mib,
-        net_slots: 1,
-        guest_cid: GUEST_CID,
-        kernel_args: vm.kernel_args.clone(),
-        host_ports: vec![READY_PORT],
-        uid: vm.uid,
-    }
-}
-
-/// Writes the pod's own files where containers can have them mounted from.
-fn write_files(dir: &StateDir, files: &[PodFile]) -> Result<Vec<(&'static str, PathBuf)>> {
-    let folder = dir.path().join("files");
-    if !files.is_empty() {
-        fs::create_dir(&folder).map_err(file("create", &folder))?;
-    }
-    let write = |pod_file: &PodFile| {
-        let path = folder.join(pod_file.name);
-        fs::write(&path, &pod_file.text).map_err(file("write", &path))?;
-        Ok((pod_file.name, path))
-    };
-    files.iter().map(write).collect()
-}
-
-/// Puts the VMM into the pod's cgroup before it allocates anything, and writes down how to find both.
-fn enter_cgroup(blueprint: &Blueprint, pid: i32, made: &mut Option<PathBuf>) -> Result<()> {
-    let mount = Path::new(cgroup::MOUNT);
-    match &blueprint.spec.cgroups_path {
-        Some(path) if mount.join("cgroup.controllers").exists() => {
-            let directory = cgroup::directory(mount, path);
-            cgroup::enter(&directory, pid)?;
-            *made = Some(directory);
-        }
-        Some(_) => warn!(blueprint.log, "the VMM stays in the shim's cgroup: the host has no cgroup v2"),
-        None => {}
-    }
-    let start_time = start_time(pid).unwrap_or_default();
-    blueprint.dir.write_record(&Record { pid, start_time, cgroup: made.clone() })
-}
-
-/// From a forked VMM to a guest whose agent answers, with the first container's files mounted.
-async fn come_up(
-    blueprint: &Blueprint,
-    spawned: &mut Spawned,
-    cgroup: &mut Option<PathBuf>,
-    attach: impl FnOnce() -> Result<()> + Send + 'static,
-) -> Result<Up> {
-    let deadline = Instant::now() + blueprint.config.timeouts.boot();
-    let seconds = blueprint.config.timeouts.boot;
-    let too_late = |_| Error::BootTimeout { seconds, console: String::new() };
-    enter_cgroup(blueprint, spawned.process.pid, cgroup)?;
-    let built = timeout_at(deadline, &mut spawned.built).await.map_err(too_late)?;
-    built.map_err(|_| Error::Vmm(mayu_vmm_api::Error::Closed))??;
-    let run = run_guest(blueprint, &spawned.client, &mut spawned.events);
-    let run = async { timeout_at(deadline, run).await.map_err(too_late)? };
-    both(run, spawn_blocking(attach)).await
-}
-
-/// Runs the guest and mounts its files at the same time. A failed mount does not wait for the guest; a guest that
-/// fails waits for the mounting, which cannot be stopped half way.
-async fn both(run: impl Future<Output = Result<Up>>, mut attaching: JoinHandle<Result<()>>) -> Result<Up> {
-    let ended = |_| Error::System { operation: "mount", source: std::io::Error::other("it was cut short") };
-    let mut run = std::pin::pin!(run);
-    tokio::select! {
-        up = &mut run => {
-            let attached = attaching.await.map_err(ended);
-            let up = up?;
-            attached??;
-            Ok(up)
-        }
-        attached = &mut attaching => {
-            attached.map_err(ended)??;
-            run.await
-        }
-    }
-}
-
-/// Lets the vCPUs run, waits until the agent announces itself and connects to it.
-async fn run_guest(blueprint: &Blueprint, client: &VmmClient, events: &mut EventStream) -> Result<Up> {
-    client.request(Request::Resume, &[]).await?;
-    let mut ready = announced(events).await?;
-    let hello = read_hello(&mut ready).await?;
-    let stream = connect(client, RPC_PORT).await?;
-    let agent = Agent::new(stream, blueprint.config.timeouts.request());
-    let hostname = blueprint.spec.hostname.as_ref().unwrap_or(&blueprint.id);
-    agent.configure(hostname, &blueprint.spec.sysctls).await?;
-    let agent_events = agent.events().await?;
-    let vmm = client.status().await?;
-    info!(blueprint.log, "VM is up";
-        "vmm_us" => vmm.guest_entry_us, "kernel_us" => hello.kernel_us, "agent_us" => hello.agent_us);
-    Ok(Up { agent, agent_events, ready })
-}
-
-async fn announced(events: &mut EventStream) -> Result<UnixStream> {
-    let failed = |reason: String| Error::Boot { reason, console: String::new() };
-    loop {
-        match events.recv().await {
-            Some((Event::VsockAccepted { port: READY_PORT }, fds)) => {
-                let fd = fds.into_iter().next().ok_or_else(|| failed("the VMM sent no stream".into()))?;
-                return into_stream(fd);
-            }
-            Some((Event::Exited(why), _)) => return Err(failed(describe(why))),
-            Some(_) => {}
-            None => return Err(failed("its VMM ended".into())),
-        }
-    }
-}
-
 /// Never ends without an [`Event::Exited`]: the end of the VMM is seen elsewhere.
 async fn exit_event(events: &mut EventStream) -> String {
     loop {
@@ -422,18 +251,6 @@ fn into_stream(fd: OwnedFd) -> Result<UnixStream> {
     UnixStream::from_std(stream).map_err(system("watch a stream to the guest"))
 }
 
-/// Adds what the guest's console says, and how the VMM ended where that is the failure.
-fn with_console(error: Error, end: &str, console: String) -> Error {
-    match error {
-        Error::Boot { reason, .. } => Error::Boot { reason, console },
-        Error::BootTimeout { seconds, .. } => Error::BootTimeout { seconds, console },
-        Error::Vmm(mayu_vmm_api::Error::Closed) => {
-            Error::Boot { reason: format!("its VMM ended ({end}); its log lines say why"), console }
-        }
-        other => other,
-    }
-}
-
 /// Enough of the console for a log line.
 fn last_lines(console: &str) -> &str {
     let start = console.trim_end().rmatch_indices('\n').nth(4).map_or(0, |(index, _)| index + 1);
@@ -449,17 +266,5 @@ mod tests {
         assert_eq!(last_lines("1\n2\n3\n4\n5\n6\n"), "2\n3\n4\n5\n6\n");
         assert_eq!(last_lines("1\n2"), "1\n2");
         assert_eq!(last_lines(""), "");
-    }
-
-    #[test]
-    fn a_failed_boot_shows_the_console_and_another_error_stays_as_it_is() {
-        let console = || "panic".to_string();
-        let timed_out = Error::BootTimeout { seconds: 3, console: String::new() };
-        assert!(with_console(timed_out, "signal 9", console()).to_string().ends_with("panic"));
-        let closed = Error::Vmm(mayu_vmm_api::Error::Closed);
-        let message = with_console(closed, "signal 11", console()).to_string();
-        assert!(message.contains("signal 11") && message.ends_with("panic"), "{message}");
-        let refused = mayu_vmm_api::Error::Refused { operation: "build", reason: "no ELF file".into() };
-        assert_eq!(with_console(Error::Vmm(refused), "", console()).to_string(), "VMM: build: no ELF file");
     }
 }

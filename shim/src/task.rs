@@ -230,6 +230,8 @@ async fn start_in_guest(
     process: &Process,
     request: &StartRequest,
 ) -> Result<()> {
+    // Before the first program that could use it.
+    sandbox.adopt_network().await?;
     pod.open_stdio(sandbox, process).await?;
     let start = async |task: TaskClient| task.start(Context::default(), request).await;
     sandbox.agent.task("start a process", start).await.map(drop)

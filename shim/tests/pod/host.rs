@@ -126,12 +126,13 @@ fn lacking() -> Option<&'static str> {
     None
 }
 
-/// The stand-in forks as the real VMM does: the program that the shim spawns ends when the one inside has started.
+/// The stand-in forks as the real VMM does: the program that the shim spawns ends when the one inside has started, which has
+/// a network namespace of its own.
 fn write_config(root: &Path, behaviour: &str) {
     let program = std::env::current_exe().unwrap();
     let script = root.join("mayu-vmm");
     let text = format!(
-        "#!/bin/sh\n{}={} {} --exact the_stand_in --nocapture >&2 &\n",
+        "#!/bin/sh\n{}={} unshare --net {} --exact the_stand_in --nocapture >&2 &\n",
         stand_in::VARIABLE,
         root.display(),
         program.display()

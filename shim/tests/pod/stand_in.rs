@@ -25,8 +25,8 @@ use containerd_shim_protos::api::{
 use containerd_shim_protos::shim_async::{Task, create_task};
 use futures::StreamExt;
 use mayu_agent_api::sandbox::{
-    ConfigureRequest, ConfigureResponse, Event, EventsRequest, HealthRequest, HealthResponse, ProcessExit,
-    ShutdownRequest, ShutdownResponse, event,
+    ConfigureNetworkRequest, ConfigureNetworkResponse, ConfigureRequest, ConfigureResponse, Event,
+    EventsRequest, HealthRequest, HealthResponse, ProcessExit, ShutdownRequest, ShutdownResponse, event,
 };
 use mayu_agent_api::sandbox_ttrpc::{Sandbox, create_sandbox};
 use mayu_agent_api::{Hello, READY_PORT, RPC_PORT, STREAM_PORT, StreamId};
@@ -286,6 +286,15 @@ impl Sandbox for Service {
     ) -> ttrpc::Result<ConfigureResponse> {
         assert!(request.entropy.len() >= 32 && request.realtime_ns > 0);
         Ok(ConfigureResponse::default())
+    }
+
+    async fn configure_network(
+        &self,
+        _: &TtrpcContext,
+        request: ConfigureNetworkRequest,
+    ) -> ttrpc::Result<ConfigureNetworkResponse> {
+        assert!(request.interfaces.is_empty(), "the pods of these tests have no network");
+        Ok(ConfigureNetworkResponse::default())
     }
 
     async fn events(
