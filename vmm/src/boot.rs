@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt as _;
 
 use linux_loader::cmdline::Cmdline;
 use linux_loader::loader::{self, Elf, KernelLoader as _};
+use mayu_vmm_api::VmConfig;
 use vm_memory::{Address as _, GuestAddress, GuestMemory as _, GuestMemoryMmap};
 
 use crate::arch::layout;
@@ -22,11 +23,12 @@ use crate::error::{Error, Result};
 const COMMON: &str = "console=ttyS0 quiet reboot=k panic=-1 root=/dev/vda rootfstype=erofs ro \
                       init=/sbin/mayu-agent random.trust_cpu=on tsc=reliable swiotlb=noforce 8250.nr_uarts=1";
 
-/// The kernel's command line: what all guests have in common, `devices` virtio-mmio devices, and the caller's words.
+/// The kernel's command line: what all guests have in common, `devices` virtio-mmio devices, what follows from the
+/// machine's description, and its own words.
 ///
 /// # Errors
 /// It gets longer than the kernel takes, or a word has characters other than printable ASCII.
-pub fn command_line(devices: usize, extra: &str) -> Result<Cmdline> {
+pub fn command_line(config: &VmConfig, devices: usize) -> Result<Cmdline> {
     let mut line = Cmdline::new(layout::COMMAND_LINE_SIZE).map_err(command_line_error)?;
     line.insert_str(COMMON).map_err(command_line_error)?;
     for index in 0..devices {
@@ -38,8 +40,12 @@ pub fn command_line(devices: usize, extra: &str) -> Result<Cmdline> {
         )
         .map_err(command_line_error)?;
     }
-    if !extra.trim().is_empty() {
-        line.insert_str(extra).map_err(command_line_error)?;
+    if config.vcpus < config.max_vcpus {
+        // The kernel brings up so many; the others are there to be brought up through sysfs.
+        line.insert("maxcpus", &config.vcpus.to_string()).map_err(command_line_error)?;
+    }
+    if !config.kernel_args.trim().is_empty() {
+        line.insert_str(&config.kernel_args).map_err(command_line_error)?;
     }
     Ok(line)
 }
@@ -203,10 +209,25 @@ mod tests {
         assert!(refusal(&high).contains("entry"));
     }
 
+    /// The command line of a machine with so many vCPUs at first and in the end.
+    fn line(vcpus: (u8, u8), devices: usize, kernel_args: &str) -> Result<String> {
+        let config = VmConfig {
+            sandbox_id: "test".into(),
+            vcpus: vcpus.0,
+            max_vcpus: vcpus.1,
+            memory_mib: 64,
+            net_slots: 1,
+            guest_cid: 3,
+            kernel_args: kernel_args.into(),
+            host_ports: vec![],
+            uid: 1000,
+        };
+        command_line(&config, devices).map(|line| line.as_cstring().unwrap().into_string().unwrap())
+    }
+
     #[test]
     fn every_device_is_announced_and_the_caller_s_words_come_last() {
-        let line = command_line(2, " quiet=no  debug ").unwrap().as_cstring().unwrap();
-        let line = line.to_str().unwrap();
+        let line = line((1, 1), 2, " quiet=no  debug ").unwrap();
         assert!(line.starts_with(COMMON));
         assert!(
             line.ends_with(
@@ -219,9 +240,15 @@ mod tests {
     #[test]
     fn a_command_line_that_is_too_long_or_not_ascii_is_refused() {
         let devices = layout::MAX_VIRTIO_DEVICES;
-        let long = command_line(devices, &"x".repeat(layout::COMMAND_LINE_SIZE)).unwrap_err();
+        let long = line((1, 1), devices, &"x".repeat(layout::COMMAND_LINE_SIZE)).unwrap_err();
         assert!(long.to_string().contains("2047"), "{long}");
-        assert!(command_line(devices, "a\nb").is_err());
-        assert!(command_line(devices, "").is_ok());
+        assert!(line((1, 1), devices, "a\nb").is_err());
+        assert!(line((1, 1), devices, "").is_ok());
+    }
+
+    #[test]
+    fn the_kernel_is_told_how_many_vcpus_to_bring_up_if_there_are_more() {
+        assert!(line((2, 8), 1, "debug").unwrap().ends_with(" maxcpus=2 debug"));
+        assert!(!line((8, 8), 1, "").unwrap().contains("maxcpus"));
     }
 }

@@ -70,7 +70,10 @@ pub struct Parts {
 pub fn check(config: &VmConfig) -> Result<()> {
     match config {
         VmConfig { vcpus: 0, .. } => Err(Error::VcpuCount { vcpus: 0 }),
-        VmConfig { vcpus, .. } if *vcpus > MAX_VCPUS => Err(Error::VcpuCount { vcpus: *vcpus }),
+        VmConfig { max_vcpus: vcpus, .. } if *vcpus > MAX_VCPUS => Err(Error::VcpuCount { vcpus: *vcpus }),
+        VmConfig { vcpus, max_vcpus, .. } if vcpus > max_vcpus => {
+            Err(Error::BootVcpus { vcpus: *vcpus, max_vcpus: *max_vcpus })
+        }
         VmConfig { net_slots: slots, .. } if !(1..=MAX_NET_SLOTS).contains(slots) => {
             Err(Error::NetSlots { slots: *slots })
         }
@@ -88,9 +91,9 @@ pub fn build(config: &VmConfig, kernel: File, parts: Parts, events: &EventLoop) 
     check(config)?;
     let memory = memory::allocate(config.memory_mib)?;
     let entry = boot::load_kernel(&memory, kernel)?;
-    let command_line = boot::command_line(device_count(config), &config.kernel_args)?;
+    let command_line = boot::command_line(config, device_count(config))?;
     let command_line_size = boot::load_command_line(&memory, &command_line)?;
-    arch::boot::write_parameters(&memory, command_line_size, config.vcpus)?;
+    arch::boot::write_parameters(&memory, command_line_size, config.max_vcpus)?;
     assemble(config, &Origin::Kernel { entry }, memory, parts, events)
 }
 
@@ -106,7 +109,7 @@ pub fn restore(
     events: &EventLoop,
 ) -> Result<Machine> {
     check(config)?;
-    if state.vcpus.len() != usize::from(config.vcpus) || state.devices.len() != device_count(config) {
+    if state.vcpus.len() != usize::from(config.max_vcpus) || state.devices.len() != device_count(config) {
         return Err(Error::RestoreMachine { vcpus: state.vcpus.len(), devices: state.devices.len() });
     }
     assemble(config, &Origin::Saved(state), memory, parts, events)
@@ -145,7 +148,7 @@ fn assemble(
         Origin::Kernel { .. } => serial(line, parts.console)?,
         Origin::Saved(state) => state.serial.restore(line, parts.console)?,
     };
-    let fds = create_vcpus(&vm, config.vcpus, origin)?;
+    let fds = create_vcpus(&vm, config.max_vcpus, origin)?;
     if let Origin::Saved(state) = origin {
         vm.restore(&state.vm)?;
         for (device, saved) in transports.iter().zip(&state.devices) {

@@ -366,6 +366,7 @@ mod tests {
         let config = VmConfig {
             sandbox_id: "test".into(),
             vcpus: 1,
+            max_vcpus: 1,
             memory_mib: 64,
             net_slots: 1,
             guest_cid: 3,

@@ -249,6 +249,14 @@ pub enum Error {
         /// What was asked for.
         vcpus: u8,
     },
+    /// The guest would boot with more vCPUs than it may ever have.
+    #[error("a guest cannot boot with {vcpus} vCPUs in a machine that has {max_vcpus}")]
+    BootVcpus {
+        /// With which it is to boot.
+        vcpus: u8,
+        /// All that there are.
+        max_vcpus: u8,
+    },
 }
 
 impl Error {

@@ -27,7 +27,9 @@ fn boot(config: VmConfig) -> Option<(Vmm, BufReader<UnixStream>)> {
 
 fn boots(vcpus: u8, memory_mib: u32) {
     let kernel_args = "loglevel=7".to_owned();
-    let Some((mut vmm, mut stream)) = boot(VmConfig { vcpus, memory_mib, kernel_args, ..config() }) else {
+    let Some((mut vmm, mut stream)) =
+        boot(VmConfig { vcpus, max_vcpus: vcpus, memory_mib, kernel_args, ..config() })
+    else {
         return;
     };
     let mut line = String::new();
@@ -65,7 +67,7 @@ fn four_vcpus_and_memory_beyond_the_gap() {
 fn a_pause_at_any_moment_of_the_boot_goes_unnoticed() {
     let Some((kernel, image)) = guest_files() else { return };
     let share = tempfile::tempdir().unwrap();
-    let config = VmConfig { vcpus: 2, memory_mib: 128, ..config() };
+    let config = VmConfig { vcpus: 2, max_vcpus: 2, memory_mib: 128, ..config() };
     let (mut vmm, outcome) = Vmm::build(config, &kernel, &image, share.path());
     outcome.unwrap();
     for _ in 0..50 {

@@ -96,13 +96,16 @@ fn a_triple_fault_is_a_failure_of_a_vcpu() {
 
 #[test]
 fn the_first_vcpu_s_end_is_enough_while_the_others_wait_for_it() {
-    let Some(mut guest) = Guest::build(&RESET, &VmConfig { vcpus: 4, ..config() }) else { return };
+    let Some(mut guest) = Guest::build(&RESET, &VmConfig { vcpus: 4, max_vcpus: 4, ..config() }) else {
+        return;
+    };
     assert_eq!(guest.run(), ExitReason::GuestReset);
 }
 
 #[test]
 fn a_paused_machine_stands_still_and_goes_on() {
-    let Some(Guest { mut machine, .. }) = Guest::build(&COUNT_FOREVER, &VmConfig { vcpus: 2, ..config() })
+    let Some(Guest { mut machine, .. }) =
+        Guest::build(&COUNT_FOREVER, &VmConfig { vcpus: 2, max_vcpus: 2, ..config() })
     else {
         return;
     };

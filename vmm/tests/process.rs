@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use mayu_vmm_api::{ExitReason, Request, VmConfig};
 use nix::mount::{MsFlags, mount, umount};
@@ -18,7 +19,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
 use support::payload::{COUNT_FOREVER, RESET, elf, print};
-use support::{Vmm, config, no_kvm, skip};
+use support::{PATIENCE, Vmm, config, no_kvm, skip};
 
 /// Why the process cannot be started here, if it cannot: it needs to be root to confine itself.
 fn unable() -> bool {
@@ -40,7 +41,7 @@ fn build(config: VmConfig, kernel: &File) -> (Vmm, Result<(), String>) {
 /// Starts a guest that counts forever, and returns the pid of its process too.
 fn start(share: &Path) -> (Vmm, i32) {
     let (mut vmm, outcome) =
-        Vmm::build(VmConfig { vcpus: 2, ..config() }, &elf(&COUNT_FOREVER), &image(), share);
+        Vmm::build(VmConfig { vcpus: 2, max_vcpus: 2, ..config() }, &elf(&COUNT_FOREVER), &image(), share);
     outcome.unwrap();
     let pid = vmm.pid();
     vmm.request(Request::Resume, &[]).unwrap();
@@ -72,7 +73,8 @@ fn what_cannot_be_built_is_refused_with_the_reason_and_ends_the_process() {
         (VmConfig { memory_mib: 63, ..config() }, reset(), "at least 64"),
         (VmConfig { memory_mib: 65_537, ..config() }, reset(), "at most 65536"),
         (VmConfig { vcpus: 0, ..config() }, reset(), "0 vCPUs"),
-        (VmConfig { vcpus: 33, ..config() }, reset(), "1 to 32"),
+        (VmConfig { max_vcpus: 33, ..config() }, reset(), "1 to 32"),
+        (VmConfig { vcpus: 3, max_vcpus: 2, ..config() }, reset(), "3 vCPUs in a machine that has 2"),
         (VmConfig { net_slots: 0, ..config() }, reset(), "0 network slots"),
         (VmConfig { net_slots: 9, ..config() }, reset(), "1 to 8"),
         (VmConfig { guest_cid: 2, ..config() }, reset(), "context id"),
@@ -189,6 +191,45 @@ fn what_is_mounted_in_the_share_while_the_process_confines_itself_is_not_lost() 
     for volume in volumes {
         assert_eq!(names(&share_inside(vmm.1).join(&volume)), ["file"], "{volume}");
     }
+}
+
+#[test]
+fn a_vcpu_that_the_guest_never_starts_is_a_thread_that_sleeps() {
+    if unable() {
+        return;
+    }
+    let share = tempfile::tempdir().unwrap();
+    let config = VmConfig { vcpus: 1, max_vcpus: 4, ..config() };
+    let (mut vmm, outcome) = Vmm::build(config, &elf(&COUNT_FOREVER), &image(), share.path());
+    outcome.unwrap();
+    let process = Path::new("/proc").join(vmm.pid().to_string());
+    vmm.request(Request::Resume, &[]).unwrap();
+    let mut sleepers: Vec<_> = fs::read_dir(process.join("task"))
+        .unwrap()
+        .map(|task| task.unwrap().path())
+        .filter(|task| {
+            let name = fs::read_to_string(task.join("comm")).unwrap();
+            ["vcpu1", "vcpu2", "vcpu3"].contains(&name.trim())
+        })
+        .collect();
+    assert_eq!(sleepers.len(), 3);
+    // All of them come to rest: asleep, and on no processor between two looks.
+    let look = |task: &Path| {
+        let status = status(task);
+        (status["State"].starts_with('S'), status["voluntary_ctxt_switches"].clone())
+    };
+    let deadline = Instant::now() + PATIENCE;
+    while let Some(task) = sleepers.pop() {
+        assert!(Instant::now() < deadline, "{} does not sleep", task.display());
+        let (before, after) = (look(&task), look(&task));
+        if !before.0 || before != after {
+            sleepers.push(task);
+        }
+    }
+    // They obey all the same.
+    vmm.request(Request::Pause, &[]).unwrap();
+    vmm.request(Request::Resume, &[]).unwrap();
+    assert!(vmm.status().running);
 }
 
 fn names(directory: &Path) -> Vec<String> {

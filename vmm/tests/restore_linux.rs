@@ -79,7 +79,7 @@ fn copy(from: &GuestMemoryMmap, mib: u32) -> GuestMemoryMmap {
 #[test]
 fn a_saved_guest_goes_on_in_another_machine() {
     let Some(host) = Host::new() else { return };
-    let config = VmConfig { vcpus: 2, ..config() };
+    let config = VmConfig { vcpus: 2, max_vcpus: 2, ..config() };
 
     let (parts, accepted) = host.parts();
     let mut events = EventLoop::new().unwrap();

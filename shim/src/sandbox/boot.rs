@@ -121,6 +121,7 @@ fn machine(blueprint: &Blueprint, interfaces: usize) -> Result<VmConfig> {
     Ok(VmConfig {
         sandbox_id: blueprint.id.clone(),
         vcpus: blueprint.size.vcpus,
+        max_vcpus: blueprint.size.vcpus,
         memory_mib: blueprint.size.memory_mib,
         net_slots,
         guest_cid: GUEST_CID,

@@ -33,8 +33,11 @@ pub fn net_slot_address(slot: u8) -> [u8; 6] {
 pub struct VmConfig {
     /// The sandbox this machine belongs to, for the log.
     pub sandbox_id: String,
-    /// vCPUs, 1 to [`MAX_VCPUS`].
+    /// vCPUs that the guest's kernel brings up when it boots, 1 to [`VmConfig::max_vcpus`].
     pub vcpus: u8,
+    /// vCPUs that the machine has, up to [`MAX_VCPUS`]. The guest can bring those up later that its kernel does not;
+    /// until then each is a thread that sleeps.
+    pub max_vcpus: u8,
     /// Guest memory in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
     pub memory_mib: u32,
     /// Network slots, 1 to [`MAX_NET_SLOTS`].

@@ -19,7 +19,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, setsockopt, 
 use nix::sys::time::TimeVal;
 
 /// How long the VMM may be silent. Generous: a software processor may be the one that runs it.
-const PATIENCE: Duration = Duration::from_secs(300);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Says loudly that a test did not run, and why: past the test harness, which hides what a passing test prints.
 pub fn skip(reason: &str) {
@@ -59,6 +59,7 @@ pub fn config() -> VmConfig {
     VmConfig {
         sandbox_id: "test".into(),
         vcpus: 1,
+        max_vcpus: 1,
         memory_mib: 64,
         net_slots: 1,
         guest_cid: 3,
