@@ -18,6 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::error::{Error, Result};
 use crate::event_loop::Registrar;
 
+mod announcement;
 pub mod block;
 pub mod chain;
 pub mod fs;

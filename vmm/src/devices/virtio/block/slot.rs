@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::BlockState;
 use super::backend::Backend;
 use crate::devices::virtio::Interrupt;
-use crate::error::{Error, Result};
+use crate::devices::virtio::announcement::Announcement;
+use crate::error::Result;
 
 /// Fills and empties a block device while the guest runs.
 ///
@@ -18,28 +19,24 @@ pub struct BlockSlot {
 }
 
 struct Shared {
-    /// Locked during I/O. Always locked before `announcement`.
+    /// Locked during I/O. Always locked before `told`.
     backend: Mutex<Option<Backend>>,
     /// Never locked for long, since vCPUs wait for it when they read the configuration.
-    announcement: Mutex<Announcement>,
+    told: Mutex<Told>,
 }
 
-#[derive(Default)]
-struct Announcement {
-    state: BlockState,
-    /// The way to the driver, while there is one.
-    interrupt: Option<Interrupt>,
-    /// The capacity changed while there was no way to the driver, which may have read it before.
-    overdue: bool,
+/// What the driver is told.
+struct Told {
+    /// In sectors.
+    capacity: u64,
+    announcement: Announcement,
 }
 
 impl BlockSlot {
     pub(super) fn new(backend: Option<Backend>) -> Self {
-        let state = BlockState { capacity: backend.as_ref().map_or(0, Backend::capacity), generation: 0 };
-        let announcement = Announcement { state, ..Announcement::default() };
-        Self {
-            shared: Arc::new(Shared { backend: Mutex::new(backend), announcement: Mutex::new(announcement) }),
-        }
+        let capacity = backend.as_ref().map_or(0, Backend::capacity);
+        let told = Told { capacity, announcement: Announcement::default() };
+        Self { shared: Arc::new(Shared { backend: Mutex::new(backend), told: Mutex::new(told) }) }
     }
 
     /// Puts a file behind the device, in place of what was there, and tells the driver. Its capacity is the file's
@@ -64,11 +61,10 @@ impl BlockSlot {
         let mut backend = self.backend();
         *backend = new;
         let capacity = backend.as_ref().map_or(0, Backend::capacity);
-        let mut announcement = self.announcement();
-        announcement.state.capacity = capacity;
-        announcement.state.generation = announcement.state.generation.wrapping_add(1);
-        announcement.overdue = true;
-        announcement.tell()
+        let mut told = self.told();
+        told.capacity = capacity;
+        told.announcement.change();
+        told.announcement.tell()
     }
 
     /// The backend, for one request.
@@ -78,42 +74,28 @@ impl BlockSlot {
 
     /// What the driver is told.
     pub(super) fn state(&self) -> BlockState {
-        self.announcement().state.clone()
+        let told = self.told();
+        BlockState { capacity: told.capacity, generation: told.announcement.generation() }
     }
 
     /// There is a driver that wants to be told.
     pub(super) fn connect(&self, interrupt: Interrupt) -> Result<()> {
-        let mut announcement = self.announcement();
-        announcement.interrupt = Some(interrupt);
-        announcement.tell()
+        self.told().announcement.connect(interrupt)
     }
 
     /// There is none any more.
     pub(super) fn disconnect(&self) {
-        self.announcement().interrupt = None;
+        self.told().announcement.disconnect();
     }
 
     /// Goes on from what the driver was told before a save, and corrects it if that is not so any more.
     pub(super) fn restore(&self, saved: &BlockState) {
-        let mut announcement = self.announcement();
-        let changed = announcement.state.capacity != saved.capacity;
-        announcement.state.generation = saved.generation.wrapping_add(u32::from(changed));
-        announcement.overdue = changed;
+        let mut told = self.told();
+        let changed = told.capacity != saved.capacity;
+        told.announcement.restore(saved.generation, changed);
     }
 
-    fn announcement(&self) -> MutexGuard<'_, Announcement> {
-        self.shared.announcement.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Announcement {
-    fn tell(&mut self) -> Result<()> {
-        if let Some(interrupt) = &self.interrupt
-            && self.overdue
-        {
-            interrupt.config_changed().map_err(Error::EventFd)?;
-            self.overdue = false;
-        }
-        Ok(())
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.shared.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
