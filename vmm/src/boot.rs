@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt as _;
 use linux_loader::cmdline::Cmdline;
 use linux_loader::loader::{self, Elf, KernelLoader as _};
 use mayu_vmm_api::VmConfig;
-use vm_memory::{Address as _, GuestAddress, GuestMemory as _, GuestMemoryMmap};
+use vm_memory::{Address as _, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion as _};
 
 use crate::arch::layout;
 use crate::error::{Error, Result};
@@ -22,6 +22,13 @@ use crate::error::{Error, Result};
 /// * There are no bounce buffers (64 MiB, from 4 GiB of memory on): virtio reaches all memory.
 const COMMON: &str = "console=ttyS0 quiet reboot=k panic=-1 root=/dev/vda rootfstype=erofs ro \
                       init=/sbin/mayu-agent random.trust_cpu=on tsc=reliable swiotlb=noforce 8250.nr_uarts=1";
+
+/// What a guest is told whose memory can grow: memory that was plugged in is used at once, without anybody to say so. It
+/// becomes memory of programs alone, which can be moved away and be unplugged again, as long as there is a third as much
+/// for the kernel itself, and the kernel's from there on ("auto-movable",
+/// Documentation/admin-guide/mm/memory-hotplug.rst). A kernel that grew from little memory to much without getting any of
+/// it could not hold its own tables; one that got all of it could never give any back.
+const ONLINE_MEMORY: &str = "memhp_default_state=online memory_hotplug.online_policy=auto-movable";
 
 /// The kernel's command line: what all guests have in common, `devices` virtio-mmio devices, what follows from the
 /// machine's description, and its own words.
@@ -43,6 +50,9 @@ pub fn command_line(config: &VmConfig, devices: usize) -> Result<Cmdline> {
     if config.vcpus < config.max_vcpus {
         // The kernel brings up so many; the others are there to be brought up through sysfs.
         line.insert("maxcpus", &config.vcpus.to_string()).map_err(command_line_error)?;
+    }
+    if config.memory_mib < config.max_memory_mib {
+        line.insert_str(ONLINE_MEMORY).map_err(command_line_error)?;
     }
     if !config.kernel_args.trim().is_empty() {
         line.insert_str(&config.kernel_args).map_err(command_line_error)?;
@@ -74,7 +84,7 @@ pub fn load_kernel(memory: &GuestMemoryMmap, mut kernel: File) -> Result<GuestAd
     let loaded = Elf::load(memory, None, &mut kernel, Some(layout::HIGH_RAM))
         .map_err(|source| problem(source.to_string()))?;
     let end = GuestAddress(loaded.kernel_end);
-    let low_ram_end = layout::ram_ranges(memory.last_addr().raw_value() + 1)[0].1;
+    let low_ram_end = memory.find_region(GuestAddress(0)).map_or(0, |low| low.last_addr().raw_value() + 1);
     if loaded.kernel_end > low_ram_end {
         return Err(problem(format!(
             "it needs memory up to {:#x}, the guest has it up to {low_ram_end:#x}",
@@ -195,6 +205,14 @@ mod tests {
     }
 
     #[test]
+    fn a_kernel_does_not_fit_into_memory_that_is_plugged_in_later() {
+        let ranges = [(GuestAddress(0), 32 << 20), (GuestAddress(layout::GAP_END), 128 << 20)];
+        let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+        let refusal = load_kernel(&memory, file(&elf(b"code", 64 << 20))).unwrap_err().to_string();
+        assert!(refusal.contains("needs memory up to"), "{refusal}");
+    }
+
+    #[test]
     fn a_kernel_that_does_not_fit_is_refused() {
         assert!(refusal(&elf(b"code", 64 << 20)).contains("needs memory up to"));
     }
@@ -209,25 +227,28 @@ mod tests {
         assert!(refusal(&high).contains("entry"));
     }
 
-    /// The command line of a machine with so many vCPUs at first and in the end.
-    fn line(vcpus: (u8, u8), devices: usize, kernel_args: &str) -> Result<String> {
-        let config = VmConfig {
+    fn config(kernel_args: &str) -> VmConfig {
+        VmConfig {
             sandbox_id: "test".into(),
-            vcpus: vcpus.0,
-            max_vcpus: vcpus.1,
+            vcpus: 2,
+            max_vcpus: 2,
             memory_mib: 64,
+            max_memory_mib: 64,
             net_slots: 1,
             guest_cid: 3,
             kernel_args: kernel_args.into(),
             host_ports: vec![],
             uid: 1000,
-        };
-        command_line(&config, devices).map(|line| line.as_cstring().unwrap().into_string().unwrap())
+        }
+    }
+
+    fn line(config: &VmConfig, devices: usize) -> Result<String> {
+        command_line(config, devices).map(|line| line.as_cstring().unwrap().into_string().unwrap())
     }
 
     #[test]
     fn every_device_is_announced_and_the_caller_s_words_come_last() {
-        let line = line((1, 1), 2, " quiet=no  debug ").unwrap();
+        let line = line(&config(" quiet=no  debug "), 2).unwrap();
         assert!(line.starts_with(COMMON));
         assert!(
             line.ends_with(
@@ -240,15 +261,24 @@ mod tests {
     #[test]
     fn a_command_line_that_is_too_long_or_not_ascii_is_refused() {
         let devices = layout::MAX_VIRTIO_DEVICES;
-        let long = line((1, 1), devices, &"x".repeat(layout::COMMAND_LINE_SIZE)).unwrap_err();
+        let long = line(&config(&"x".repeat(layout::COMMAND_LINE_SIZE)), devices).unwrap_err();
         assert!(long.to_string().contains("2047"), "{long}");
-        assert!(line((1, 1), devices, "a\nb").is_err());
-        assert!(line((1, 1), devices, "").is_ok());
+        assert!(line(&config("a\nb"), devices).is_err());
+        let longest = VmConfig { max_vcpus: 32, max_memory_mib: 65536, ..config("") };
+        assert!(line(&longest, devices).is_ok());
     }
 
     #[test]
     fn the_kernel_is_told_how_many_vcpus_to_bring_up_if_there_are_more() {
-        assert!(line((2, 8), 1, "debug").unwrap().ends_with(" maxcpus=2 debug"));
-        assert!(!line((8, 8), 1, "").unwrap().contains("maxcpus"));
+        let more = VmConfig { max_vcpus: 8, ..config("debug") };
+        assert!(line(&more, 1).unwrap().ends_with(" maxcpus=2 debug"));
+        assert!(!line(&config(""), 1).unwrap().contains("maxcpus"));
+    }
+
+    #[test]
+    fn the_kernel_is_told_what_to_do_with_memory_that_comes_later_if_some_may_come() {
+        let more = VmConfig { max_memory_mib: 65, ..config("debug") };
+        assert!(line(&more, 1).unwrap().ends_with("=online memory_hotplug.online_policy=auto-movable debug"));
+        assert!(!line(&config(""), 1).unwrap().contains("mem"));
     }
 }

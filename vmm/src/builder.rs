@@ -16,6 +16,7 @@ use crate::bus::{Bus, SharedTransport, lock};
 use crate::devices::serial::serial;
 use crate::devices::virtio::block::{Block, BlockSlot};
 use crate::devices::virtio::fs::Fs;
+use crate::devices::virtio::mem::{Mem, MemHandle};
 use crate::devices::virtio::net::{Net, NetSlot};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::transport::MmioTransport;
@@ -35,16 +36,18 @@ pub const SHARE_TAG: &str = "mayu";
 /// The number that the first device has in the event loop. The others follow in the order of their addresses.
 pub const FIRST_DEVICE: u16 = 2;
 
-/// The virtio devices that every machine has: the image, the block slots, vsock, rng, fs. The network slots come after
-/// them, so that none of these has its place by their number.
+/// The virtio devices that every machine has: the image, the block slots, vsock, rng, fs. After them come the network
+/// slots, and the memory device if the guest's memory can grow, so that none of them has its place by what a machine may
+/// lack.
 const COMMON_DEVICES: usize = 1 + BLOCK_SLOTS as usize + 3;
 
-// Each device has an interrupt line of its own.
-const _: () = assert!(COMMON_DEVICES + MAX_NET_SLOTS as usize <= layout::MAX_VIRTIO_DEVICES);
+// Each device has an interrupt line of its own, and the memory device needs one, too.
+const _: () = assert!(COMMON_DEVICES + (MAX_NET_SLOTS as usize) < layout::MAX_VIRTIO_DEVICES);
 
 /// How many virtio devices a machine with this description has.
 fn device_count(config: &VmConfig) -> usize {
-    COMMON_DEVICES + usize::from(config.net_slots)
+    let memory_grows = config.memory_mib < config.max_memory_mib;
+    COMMON_DEVICES + usize::from(config.net_slots) + usize::from(memory_grows)
 }
 
 /// What a machine is made from, besides its description and its kernel.
@@ -89,15 +92,21 @@ pub fn check(config: &VmConfig) -> Result<()> {
 /// The host lacks something, the kernel is not one, the memory is too small or too large, ...
 pub fn build(config: &VmConfig, kernel: File, parts: Parts, events: &EventLoop) -> Result<Machine> {
     check(config)?;
-    let memory = memory::allocate(config.memory_mib)?;
+    let memory = memory::allocate(config.memory_mib, config.max_memory_mib)?;
     let entry = boot::load_kernel(&memory, kernel)?;
     let command_line = boot::command_line(config, device_count(config))?;
     let command_line_size = boot::load_command_line(&memory, &command_line)?;
-    arch::boot::write_parameters(&memory, command_line_size, config.max_vcpus)?;
+    arch::boot::write_parameters(
+        &memory,
+        u64::from(config.memory_mib) << 20,
+        command_line_size,
+        config.max_vcpus,
+    )?;
     assemble(config, &Origin::Kernel { entry }, memory, parts, events)
 }
 
-/// Builds a machine that goes on from where another was saved, with that one's memory. It is paused.
+/// Builds a machine that goes on from where another was saved, with that one's memory. It is paused. What can be plugged
+/// in and out has to be anonymous memory here too: what was unplugged must read as zero, and not as it did in a file.
 ///
 /// # Errors
 /// As [`build`], or the state is not that of a machine with this description.
@@ -140,6 +149,7 @@ fn assemble(
     devices.add("rng", Box::new(Rng::new()))?;
     devices.add("fs", Box::new(parts.fs))?;
     let net_slots = devices.add_nets(config.net_slots)?;
+    let growth = devices.add_memory(config)?;
     let Devices { names, transports, .. } = devices;
 
     let line = eventfd()?;
@@ -172,6 +182,8 @@ fn assemble(
         started: parts.started,
         running: false,
         memory,
+        memory_mib: config.memory_mib..=config.max_memory_mib,
+        growth,
     })
 }
 
@@ -227,7 +239,6 @@ impl<'a> Devices<'a> {
         Ok(handle)
     }
 
-    /// They come last: how many there are differs from machine to machine.
     fn add_nets(&mut self, count: u8) -> Result<Vec<NetSlot>> {
         let mut slots = Vec::new();
         for number in 0..count {
@@ -236,6 +247,15 @@ impl<'a> Devices<'a> {
             slots.push(slot);
         }
         Ok(slots)
+    }
+
+    fn add_memory(&mut self, config: &VmConfig) -> Result<Option<MemHandle>> {
+        let Some(region) = memory::pluggable(config.memory_mib, config.max_memory_mib) else {
+            return Ok(None);
+        };
+        let (device, handle) = Mem::new(region);
+        self.add("memory", Box::new(device))?;
+        Ok(Some(handle))
     }
 
     /// Gives a device its address, interrupt line, and doorbells.

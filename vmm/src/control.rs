@@ -191,6 +191,7 @@ impl Control {
             Request::AttachNet { slot } => {
                 only(request.name(), fds).and_then(|tap| machine.attach_net(slot, tap.into()))
             }
+            Request::ResizeMemory { memory_mib } => machine.resize_memory(memory_mib),
             Request::Status => {
                 let body = Reply::Status(machine.status());
                 self.waiting.push_back((Message::Reply { id, body }, vec![]));
@@ -368,6 +369,7 @@ mod tests {
             vcpus: 1,
             max_vcpus: 1,
             memory_mib: 64,
+            max_memory_mib: 64,
             net_slots: 1,
             guest_cid: 3,
             kernel_args: String::new(),

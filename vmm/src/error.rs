@@ -99,6 +99,35 @@ pub enum Error {
         /// What was asked for.
         mib: u32,
     },
+    /// The guest's memory cannot grow to such a size.
+    #[error(
+        "a guest that boots with {mib} MiB of memory cannot end up with {max_mib}: {mib} to {} MiB are possible",
+        mayu_vmm_api::MAX_MEMORY_MIB
+    )]
+    MaxMemory {
+        /// With which it is to boot.
+        mib: u32,
+        /// What was asked for.
+        max_mib: u32,
+    },
+    /// This machine's memory cannot have such a size.
+    #[error("this machine cannot have {mib} MiB of memory, but {least} to {most} MiB")]
+    ResizeMemory {
+        /// What was asked for.
+        mib: u32,
+        /// With which it has booted.
+        least: u32,
+        /// All that it may have.
+        most: u32,
+    },
+    /// The memory device cannot have so much plugged.
+    #[error("{bytes} bytes cannot be plugged in, but at most {limit}")]
+    PluggedMemory {
+        /// What was asked for.
+        bytes: u64,
+        /// What is possible.
+        limit: u64,
+    },
     /// The guest's memory would exceed the host's.
     #[error("{mib} MiB of guest memory are more than the host's {host_mib} MiB")]
     MemoryBeyondHost {

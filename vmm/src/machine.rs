@@ -1,6 +1,7 @@
 //! A built machine: what can be done with it while it lives.
 
 use std::fs::File;
+use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -10,12 +11,14 @@ use mayu_vmm_api::{ExitReason, Status};
 use crate::bus::{Bus, SharedTransport, lock};
 use crate::devices::serial::SerialState;
 use crate::devices::virtio::block::BlockSlot;
+use crate::devices::virtio::mem::MemHandle;
 use crate::devices::virtio::net::NetSlot;
 use crate::devices::virtio::vsock::{OnResult, VsockHandle};
 use crate::devices::virtio::{DeviceEvent, GuestMemory};
 use crate::error::{Error, Result};
 use crate::event_loop::Registrar;
 use crate::kvm::Vm;
+use crate::memory;
 use crate::snapshot::MachineState;
 use crate::vcpu::{ExitReceiver, Vcpus};
 
@@ -34,6 +37,10 @@ pub struct Machine {
     pub(crate) running: bool,
     /// Dropped after `vm`, which uses it.
     pub(crate) memory: GuestMemory,
+    /// How much of it there is at least and at most.
+    pub(crate) memory_mib: RangeInclusive<u32>,
+    /// What makes the difference, if there is one.
+    pub(crate) growth: Option<MemHandle>,
 }
 
 impl Machine {
@@ -119,6 +126,23 @@ impl Machine {
         find("network", &self.net_slots, slot)?.attach(tap)
     }
 
+    /// Asks the guest to have `mib` MiB of memory, those included with which it has booted. [`Machine::status`] tells how
+    /// far it has come.
+    ///
+    /// # Errors
+    /// The machine cannot have so much or so little, or the host has less in all.
+    pub fn resize_memory(&self, mib: u32) -> Result<()> {
+        let (least, most) = (*self.memory_mib.start(), *self.memory_mib.end());
+        if !self.memory_mib.contains(&mib) {
+            return Err(Error::ResizeMemory { mib, least, most });
+        }
+        memory::check_host(mib)?;
+        match &self.growth {
+            Some(growth) => growth.resize(u64::from(mib - least) << 20),
+            None => Ok(()),
+        }
+    }
+
     /// The machine's counters.
     pub fn status(&self) -> Status {
         let errors = |device: &SharedTransport| lock(device).health().errors();
@@ -128,6 +152,7 @@ impl Machine {
                 .entered
                 .get()
                 .map(|entered| entered.duration_since(self.started).as_micros() as u64),
+            plugged_mib: self.growth.as_ref().map_or(0, |growth| growth.plugged() >> 20) as u32,
             device_errors: self.names.iter().cloned().zip(self.bus.virtio().iter().map(errors)).collect(),
         }
     }

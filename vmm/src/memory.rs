@@ -1,29 +1,67 @@
 //! Guest memory.
 
 use mayu_vmm_api::{MAX_MEMORY_MIB, MIN_MEMORY_MIB};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use crate::arch::layout;
 use crate::error::{Error, Result};
 
-/// Maps `mib` MiB of anonymous private memory. The host reserves none of it (`MAP_NORESERVE`): a page costs something
-/// only once the guest has touched it.
+/// The unit in which memory is plugged in and out, in bytes: what the page tables of guest and host map at once.
+pub const BLOCK_SIZE: u64 = 2 << 20;
+
+/// A range of guest physical addresses in which memory is plugged in and out while the guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pluggable {
+    /// Its first address.
+    pub start: GuestAddress,
+    /// Its length in bytes, of whole pieces of [`layout::HOTPLUG_ALIGNMENT`].
+    pub size: u64,
+    /// How much of it may be plugged at a time, in bytes.
+    pub limit: u64,
+}
+
+/// Where a machine that boots with `mib` MiB of memory gets more from, if it may have up to `max_mib` MiB.
+pub fn pluggable(mib: u32, max_mib: u32) -> Option<Pluggable> {
+    let growth = u64::from(max_mib.checked_sub(mib).filter(|growth| *growth > 0)?) << 20;
+    Some(Pluggable {
+        start: layout::hotplug_start(u64::from(mib) << 20),
+        size: growth.next_multiple_of(layout::HOTPLUG_ALIGNMENT),
+        limit: growth.next_multiple_of(BLOCK_SIZE),
+    })
+}
+
+/// Maps `mib` MiB of anonymous private memory, and what may be plugged in later, up to `max_mib` in all. The host reserves
+/// none of it (`MAP_NORESERVE`): a page costs something only once the guest has touched it.
 ///
 /// # Errors
-/// The size is not one that a machine may have, the host has less memory than that in all, or no address space is left.
-pub fn allocate(mib: u32) -> Result<GuestMemoryMmap> {
+/// The sizes are not ones that a machine may have, the host has less memory in all than `mib`, or no address space is
+/// left.
+pub fn allocate(mib: u32, max_mib: u32) -> Result<GuestMemoryMmap> {
     if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&mib) {
         return Err(Error::MemorySize { mib });
     }
-    let host_mib = host_memory_mib()?;
-    if u64::from(mib) > host_mib {
-        return Err(Error::MemoryBeyondHost { mib, host_mib });
+    if !(mib..=MAX_MEMORY_MIB).contains(&max_mib) {
+        return Err(Error::MaxMemory { mib, max_mib });
     }
+    check_host(mib)?;
+    let plugged_later = pluggable(mib, max_mib).map(|region| (region.start, region.size));
     let ranges: Vec<_> = layout::ram_ranges(u64::from(mib) << 20)
         .into_iter()
+        .chain(plugged_later)
         .map(|(start, size)| (start, size as usize))
         .collect();
-    GuestMemoryMmap::from_ranges(&ranges).map_err(|source| Error::MapMemory { mib, source })
+    GuestMemoryMmap::from_ranges(&ranges).map_err(|source| Error::MapMemory { mib: max_mib, source })
+}
+
+/// Refuses more memory than the host has in all.
+///
+/// # Errors
+/// It is more, or the host would not say.
+pub fn check_host(mib: u32) -> Result<()> {
+    match host_memory_mib()? {
+        host_mib if u64::from(mib) > host_mib => Err(Error::MemoryBeyondHost { mib, host_mib }),
+        _ => Ok(()),
+    }
 }
 
 fn host_memory_mib() -> Result<u64> {
@@ -34,12 +72,12 @@ fn host_memory_mib() -> Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes as _, GuestAddress, GuestMemory as _, GuestMemoryRegion as _};
+    use vm_memory::{Bytes as _, GuestMemory as _, GuestMemoryRegion as _};
 
     #[test]
     fn memory_below_the_minimum_or_above_the_maximum_is_refused() {
         for mib in [0, MIN_MEMORY_MIB - 1, MAX_MEMORY_MIB + 1] {
-            assert!(matches!(allocate(mib), Err(Error::MemorySize { .. })), "{mib}");
+            assert!(matches!(allocate(mib, MAX_MEMORY_MIB), Err(Error::MemorySize { .. })), "{mib}");
         }
     }
 
@@ -48,7 +86,7 @@ mod tests {
         let host = host_memory_mib().unwrap();
         let Ok(mib) = u32::try_from(host + 1) else { return };
         if mib <= MAX_MEMORY_MIB {
-            let message = allocate(mib).unwrap_err().to_string();
+            let message = allocate(mib, mib).unwrap_err().to_string();
             assert!(message.contains(&format!("{mib} MiB")), "{message}");
             assert!(message.contains(&format!("{host} MiB")), "{message}");
         }
@@ -56,7 +94,7 @@ mod tests {
 
     #[test]
     fn the_least_memory_is_one_region_that_starts_as_zero() {
-        let memory = allocate(MIN_MEMORY_MIB).unwrap();
+        let memory = allocate(MIN_MEMORY_MIB, MIN_MEMORY_MIB).unwrap();
         let sizes: Vec<_> = memory.iter().map(|region| region.len()).collect();
         assert_eq!(sizes, [u64::from(MIN_MEMORY_MIB) << 20]);
         assert_eq!(memory.read_obj::<u64>(GuestAddress(0x10_0000)).unwrap(), 0);
@@ -68,11 +106,41 @@ mod tests {
             eprintln!("SKIPPED: needs a host with 4 GiB of memory");
             return;
         }
-        let memory = allocate(4096).unwrap();
+        let memory = allocate(4096, 4096).unwrap();
         assert!(memory.address_in_range(GuestAddress(layout::GAP_START - 1)));
         assert!(!memory.address_in_range(GuestAddress(layout::GAP_START)));
         assert!(!memory.address_in_range(GuestAddress(layout::GAP_END - 1)));
         assert!(memory.address_in_range(GuestAddress(layout::GAP_END + (1 << 30) - 1)));
         assert!(!memory.address_in_range(GuestAddress(layout::GAP_END + (1 << 30))));
+    }
+
+    #[test]
+    fn a_machine_cannot_end_up_with_less_than_it_boots_with_nor_with_more_than_any_may_have() {
+        for max_mib in [0, 99, MAX_MEMORY_MIB + 1] {
+            assert!(matches!(allocate(100, max_mib), Err(Error::MaxMemory { .. })), "{max_mib}");
+        }
+    }
+
+    #[test]
+    fn what_is_plugged_in_later_is_mapped_from_the_start_even_beyond_the_host_s_memory() {
+        let memory = allocate(MIN_MEMORY_MIB, MAX_MEMORY_MIB).unwrap();
+        let region = pluggable(MIN_MEMORY_MIB, MAX_MEMORY_MIB).unwrap();
+        assert_eq!(region.start, GuestAddress(layout::GAP_END));
+        assert_eq!(region.limit, u64::from(MAX_MEMORY_MIB - MIN_MEMORY_MIB) << 20);
+        assert!(memory.check_range(region.start, region.size as usize));
+        assert_eq!(memory.num_regions(), 2);
+        assert!(!memory.address_in_range(GuestAddress(u64::from(MIN_MEMORY_MIB) << 20)));
+    }
+
+    #[test]
+    fn a_region_has_whole_pieces_and_a_limit_of_whole_blocks() {
+        assert_eq!(pluggable(256, 256), None);
+        let mib = |mib: u64| mib << 20;
+        for (boot, max, size, limit) in
+            [(256, 257, 128, 2), (256, 384, 128, 128), (256, 385, 256, 130), (300, 1024, 768, 724)]
+        {
+            let region = pluggable(boot, max).unwrap();
+            assert_eq!((region.size, region.limit), (mib(size), mib(limit)), "{boot} to {max}");
+        }
     }
 }

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use mayu_vmm_api::{ExitReason, Request, VmConfig};
-use support::{Vmm, config, guest_files};
+use support::{PATIENCE, Vmm, config, guest_files};
 
 /// Boots a machine and returns it together with its init's stream, or nothing where that cannot work.
 fn boot(config: VmConfig) -> Option<(Vmm, BufReader<UnixStream>)> {
@@ -26,9 +26,13 @@ fn boot(config: VmConfig) -> Option<(Vmm, BufReader<UnixStream>)> {
 }
 
 fn boots(vcpus: u8, memory_mib: u32) {
-    let kernel_args = "loglevel=7".to_owned();
-    let Some((mut vmm, mut stream)) =
-        boot(VmConfig { vcpus, max_vcpus: vcpus, memory_mib, kernel_args, ..config() })
+    let config = VmConfig { vcpus, max_vcpus: vcpus, memory_mib, max_memory_mib: memory_mib, ..config() };
+    boots_with(config);
+}
+
+fn boots_with(config: VmConfig) {
+    let (vcpus, memory_mib) = (config.vcpus, config.memory_mib);
+    let Some((mut vmm, mut stream)) = boot(VmConfig { kernel_args: "loglevel=7".to_owned(), ..config })
     else {
         return;
     };
@@ -41,7 +45,7 @@ fn boots(vcpus: u8, memory_mib: u32) {
     println!("{vcpus} vCPUs, {memory_mib} MiB: guest entry after {:?} us\n{console}", status.guest_entry_us);
 
     assert!(line.starts_with('{'), "{line}");
-    assert!(console.contains(&format!("{vcpus} CPU")), "{console}");
+    assert!(console.contains(&format!("Brought up 1 node, {vcpus} CPU")), "{console}");
     assert!(status.guest_entry_us.is_some());
     assert!(status.running);
     assert!(status.device_errors.values().all(|errors| *errors == 0), "{:?}", status.device_errors);
@@ -64,10 +68,41 @@ fn four_vcpus_and_memory_beyond_the_gap() {
 }
 
 #[test]
+fn as_many_vcpus_as_the_guest_is_to_boot_with() {
+    boots_with(VmConfig { vcpus: 2, max_vcpus: 8, memory_mib: 256, max_memory_mib: 256, ..config() });
+}
+
+#[test]
+fn every_network_slot() {
+    boots_with(VmConfig { net_slots: 8, max_memory_mib: 1024, ..config() });
+}
+
+#[test]
+fn memory_grows_and_shrinks_while_linux_runs() {
+    let config = VmConfig { memory_mib: 128, max_memory_mib: 640, ..config() };
+    let Some((mut vmm, _stream)) = boot(config) else { return };
+    let mut resize = |memory_mib, reached: fn(u32) -> bool| {
+        vmm.request(Request::ResizeMemory { memory_mib }, &[]).unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        while !reached(vmm.status().plugged_mib) {
+            assert!(Instant::now() < deadline, "{:?}\n{}", vmm.status(), vmm.console());
+        }
+    };
+    resize(300, |plugged_mib| plugged_mib == 172);
+    resize(640, |plugged_mib| plugged_mib == 512);
+    // What holds memory of the kernel itself may stay.
+    resize(128, |plugged_mib| plugged_mib <= 256);
+    resize(640, |plugged_mib| plugged_mib == 512);
+    assert!(vmm.status().device_errors.values().all(|errors| *errors == 0));
+    vmm.request(Request::Shutdown, &[]).unwrap();
+    assert_eq!(vmm.exit(), ExitReason::Requested);
+}
+
+#[test]
 fn a_pause_at_any_moment_of_the_boot_goes_unnoticed() {
     let Some((kernel, image)) = guest_files() else { return };
     let share = tempfile::tempdir().unwrap();
-    let config = VmConfig { vcpus: 2, max_vcpus: 2, memory_mib: 128, ..config() };
+    let config = VmConfig { vcpus: 2, max_vcpus: 2, memory_mib: 128, max_memory_mib: 128, ..config() };
     let (mut vmm, outcome) = Vmm::build(config, &kernel, &image, share.path());
     outcome.unwrap();
     for _ in 0..50 {
@@ -97,7 +132,10 @@ fn a_kernel_panic_is_on_the_console_and_ends_the_machine() {
 #[test]
 fn stages_of_a_boot() {
     let start = Instant::now();
-    let Some((mut vmm, mut stream)) = boot(VmConfig { memory_mib: 256, ..config() }) else { return };
+    let Some((mut vmm, mut stream)) = boot(VmConfig { memory_mib: 256, max_memory_mib: 256, ..config() })
+    else {
+        return;
+    };
     let connected = start.elapsed();
     let mut line = String::new();
     stream.read_line(&mut line).unwrap();

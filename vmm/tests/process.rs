@@ -72,6 +72,8 @@ fn what_cannot_be_built_is_refused_with_the_reason_and_ends_the_process() {
     let cases = [
         (VmConfig { memory_mib: 63, ..config() }, reset(), "at least 64"),
         (VmConfig { memory_mib: 65_537, ..config() }, reset(), "at most 65536"),
+        (VmConfig { max_memory_mib: 63, ..config() }, reset(), "cannot end up with 63"),
+        (VmConfig { max_memory_mib: 65_537, ..config() }, reset(), "64 to 65536 MiB are possible"),
         (VmConfig { vcpus: 0, ..config() }, reset(), "0 vCPUs"),
         (VmConfig { max_vcpus: 33, ..config() }, reset(), "1 to 32"),
         (VmConfig { vcpus: 3, max_vcpus: 2, ..config() }, reset(), "3 vCPUs in a machine that has 2"),
@@ -194,6 +196,27 @@ fn what_is_mounted_in_the_share_while_the_process_confines_itself_is_not_lost() 
 }
 
 #[test]
+fn memory_that_may_come_later_costs_nothing_and_can_be_asked_for() {
+    if unable() {
+        return;
+    }
+    let share = tempfile::tempdir().unwrap();
+    let config = VmConfig { max_memory_mib: 65_536, ..config() };
+    let (mut vmm, outcome) = Vmm::build(config, &elf(&COUNT_FOREVER), &image(), share.path());
+    outcome.unwrap();
+    let process = Path::new("/proc").join(vmm.pid().to_string());
+    vmm.request(Request::Resume, &[]).unwrap();
+    vmm.request(Request::ResizeMemory { memory_mib: 128 }, &[]).unwrap();
+    let refusal = vmm.request(Request::ResizeMemory { memory_mib: 63 }, &[]).unwrap_err();
+    assert!(refusal.contains("64 to 65536 MiB"), "{refusal}");
+    // This guest has no driver.
+    assert_eq!(vmm.status().plugged_mib, 0);
+    assert!(vmm.status().device_errors.contains_key("memory"));
+    let resident: u64 = status(&process)["VmRSS"].strip_suffix(" kB").unwrap().parse().unwrap();
+    assert!(resident < 64 << 10, "{resident} KiB");
+}
+
+#[test]
 fn a_vcpu_that_the_guest_never_starts_is_a_thread_that_sleeps() {
     if unable() {
         return;
@@ -269,6 +292,9 @@ fn requests_that_make_no_sense_are_refused_and_harm_nothing() {
     assert!(attach.contains("no network slot 1, only 1"), "{attach}");
     let attach = vmm.request(Request::AttachNet { slot: 0 }, &[image().into()]).unwrap_err();
     assert!(attach.contains("not of a usable TAP device"), "{attach}");
+    let resize = vmm.request(Request::ResizeMemory { memory_mib: 65 }, &[]).unwrap_err();
+    assert!(resize.contains("cannot have 65 MiB of memory, but 64 to 64 MiB"), "{resize}");
+    vmm.request(Request::ResizeMemory { memory_mib: 64 }, &[]).unwrap();
     vmm.request(Request::Pause, &[]).unwrap();
     assert!(!vmm.status().running);
     vmm.request(Request::Resume, &[]).unwrap();

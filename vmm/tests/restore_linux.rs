@@ -67,7 +67,7 @@ fn run<T>(machine: &Machine, events: &mut EventLoop, mut done: impl FnMut() -> O
 }
 
 fn copy(from: &GuestMemoryMmap, mib: u32) -> GuestMemoryMmap {
-    let to = memory::allocate(mib).unwrap();
+    let to = memory::allocate(mib, mib).unwrap();
     for region in from.iter() {
         let mut bytes = vec![0; region.len() as usize];
         from.read_slice(&mut bytes, region.start_addr()).unwrap();

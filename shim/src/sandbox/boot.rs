@@ -123,6 +123,7 @@ fn machine(blueprint: &Blueprint, interfaces: usize) -> Result<VmConfig> {
         vcpus: blueprint.size.vcpus,
         max_vcpus: blueprint.size.vcpus,
         memory_mib: blueprint.size.memory_mib,
+        max_memory_mib: blueprint.size.memory_mib,
         net_slots,
         guest_cid: GUEST_CID,
         kernel_args: vm.kernel_args.clone(),

@@ -38,8 +38,12 @@ pub struct VmConfig {
     /// vCPUs that the machine has, up to [`MAX_VCPUS`]. The guest can bring those up later that its kernel does not;
     /// until then each is a thread that sleeps.
     pub max_vcpus: u8,
-    /// Guest memory in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
+    /// Memory that the guest boots with, in MiB, [`MIN_MEMORY_MIB`] to [`VmConfig::max_memory_mib`].
     pub memory_mib: u32,
+    /// The most memory that the guest may have, in MiB, up to [`MAX_MEMORY_MIB`]. If it is more than
+    /// [`VmConfig::memory_mib`], the machine has a memory device, and [`Request::ResizeMemory`] asks the guest to use
+    /// part of the difference. What it does not use costs nothing.
+    pub max_memory_mib: u32,
     /// Network slots, 1 to [`MAX_NET_SLOTS`].
     pub net_slots: u8,
     /// The guest's vsock context id, 3 or more.
@@ -87,6 +91,13 @@ pub enum Request {
         /// 0 to [`VmConfig::net_slots`] - 1.
         slot: u8,
     },
+    /// Ask the guest to have so much memory in all, in whole steps of 2 MiB. Answered once it was asked;
+    /// [`Status::plugged_mib`] tells how far it has come, which may take a while, or forever if it cannot give up memory
+    /// that is in use.
+    ResizeMemory {
+        /// [`VmConfig::memory_mib`] to [`VmConfig::max_memory_mib`].
+        memory_mib: u32,
+    },
     /// Ask for counters and the state of the machine.
     Status,
     /// Stop the vCPUs and end the process.
@@ -104,6 +115,7 @@ impl Request {
             Self::AttachBlock { .. } => "attach a block device",
             Self::DetachBlock { .. } => "detach a block device",
             Self::AttachNet { .. } => "attach a network device",
+            Self::ResizeMemory { .. } => "resize the guest's memory",
             Self::Status => "report status",
             Self::Shutdown => "shut down",
         }
@@ -132,6 +144,8 @@ pub struct Status {
     pub running: bool,
     /// Microseconds from the start of the process until the first guest instruction, once it has run.
     pub guest_entry_us: Option<u64>,
+    /// Memory that the guest uses beyond what it has booted with, in MiB.
+    pub plugged_mib: u32,
     /// Requests that a device refused because the driver broke the protocol, per device name.
     pub device_errors: std::collections::BTreeMap<String, u64>,
 }

@@ -61,6 +61,7 @@ pub fn config() -> VmConfig {
         vcpus: 1,
         max_vcpus: 1,
         memory_mib: 64,
+        max_memory_mib: 64,
         net_slots: 1,
         guest_cid: 3,
         kernel_args: String::new(),

@@ -5,7 +5,8 @@
 //! 0x0000_7000  boot_params, the "zero page"         0xc000_0000  end of low RAM; the 32-bit gap
 //! 0x0000_9000  page tables for the boot vCPU        0xd000_0000  virtio-mmio devices, one page each
 //! 0x0002_0000  kernel command line                  0xfec0_0000  IOAPIC; 0xfee0_0000 local APICs
-//! 0x0009_fc00  MP table, until 0x000a_0000          0x1_0000_0000  RAM beyond the gap
+//! 0x0009_fc00  MP table, until 0x000a_0000          0x1_0000_0000  RAM beyond the gap, and after it
+//!                                                                  what is plugged in later
 //! ```
 
 use vm_memory::GuestAddress;
@@ -80,6 +81,11 @@ pub const FIRST_VIRTIO_GSI: u32 = 5;
 /// The most virtio-mmio devices: each has an interrupt line of its own.
 pub const MAX_VIRTIO_DEVICES: usize = (LAST_GSI - FIRST_VIRTIO_GSI + 1) as usize;
 
+/// Memory that is plugged in later begins at a multiple of this, in bytes: Linux adds whole memory blocks, which have this
+/// size (`MIN_MEMORY_BLOCK_SIZE`) unless the guest boots with 63 GiB or more (`probe_memory_block_size` in
+/// arch/x86/mm/init_64.c).
+pub const HOTPLUG_ALIGNMENT: u64 = 128 << 20;
+
 /// The registers of virtio-mmio device number `index`, guest physical.
 pub const fn virtio_address(index: usize) -> u64 {
     VIRTIO_MMIO + index as u64 * VIRTIO_MMIO_SIZE
@@ -99,9 +105,29 @@ pub fn ram_ranges(size: u64) -> Vec<(GuestAddress, u64)> {
     }
 }
 
+/// Where memory can be plugged in later, if the guest boots with `size` bytes of RAM: after the gap and after that RAM.
+pub fn hotplug_start(size: u64) -> GuestAddress {
+    let end = ram_ranges(size).last().map_or(0, |(start, length)| start.0 + length);
+    GuestAddress(end.max(GAP_END).next_multiple_of(HOTPLUG_ALIGNMENT))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_is_plugged_in_after_the_gap_and_after_what_the_guest_boots_with() {
+        let gib = 1 << 30;
+        for (size, start) in [
+            (64 << 20, GAP_END),
+            (GAP_START, GAP_END),
+            (GAP_START + (1 << 20), GAP_END + HOTPLUG_ALIGNMENT),
+            (4 * gib, GAP_END + gib),
+            (64 * gib, 65 * gib),
+        ] {
+            assert_eq!(hotplug_start(size), GuestAddress(start), "{size:#x}");
+        }
+    }
 
     #[test]
     fn ram_that_fits_below_the_gap_is_one_range() {

@@ -25,6 +25,11 @@ impl Announcement {
         self.overdue = true;
     }
 
+    /// The same, for a change that the driver knows of, since it asked for it. It is not told.
+    pub(super) fn change_unannounced(&mut self) {
+        self.generation = self.generation.wrapping_add(1);
+    }
+
     /// Tells the driver, if there is one and something to tell.
     ///
     /// # Errors
@@ -87,6 +92,17 @@ mod tests {
         announcement.tell().unwrap();
         assert_eq!((second.line().read().unwrap(), announcement.generation()), (1, 2));
         assert!(first.line().read().is_err(), "it is gone");
+    }
+
+    #[test]
+    fn a_driver_is_not_told_what_it_asked_for_itself() {
+        let interrupt = interrupt();
+        let mut announcement = Announcement::default();
+        announcement.connect(interrupt.clone()).unwrap();
+        announcement.change_unannounced();
+        announcement.tell().unwrap();
+        assert!(interrupt.line().read().is_err());
+        assert_eq!(announcement.generation(), 1);
     }
 
     #[test]

@@ -22,6 +22,7 @@ mod announcement;
 pub mod block;
 pub mod chain;
 pub mod fs;
+pub mod mem;
 pub mod net;
 mod queue;
 pub mod rng;
@@ -255,6 +256,8 @@ pub enum DeviceState {
     Block(block::BlockState),
     /// See [`fs::FsState`].
     Fs(fs::FsState),
+    /// See [`mem::MemState`].
+    Mem(mem::MemState),
     /// See [`net::NetState`].
     Net(net::NetState),
     /// The entropy device keeps nothing.
