@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use fuse_backend_rs::file_buf::FileVolatileSlice;
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MRG_RXBUF};
 use virtio_queue::{Queue, QueueOwnedT as _, QueueState, QueueT as _};
 use vm_memory::GuestMemoryMmap;
 
@@ -31,6 +32,8 @@ pub(super) struct Receiver {
     queue: Queue,
     /// The driver takes a packet in several buffers.
     mergeable: bool,
+    /// The driver wants to hear of checksums.
+    checksums: bool,
     /// `next_used` when the driver was last told of used buffers.
     told: u16,
     held: Held,
@@ -66,9 +69,15 @@ enum Room {
 }
 
 impl Receiver {
-    pub(super) fn new(queue: Queue, mergeable: bool) -> Self {
+    pub(super) fn new(queue: Queue, features: u64) -> Self {
         let told = queue.next_used();
-        Self { queue, mergeable, told, held: Held::default() }
+        Self {
+            queue,
+            mergeable: features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0,
+            checksums: features & 1 << VIRTIO_NET_F_GUEST_CSUM != 0,
+            told,
+            held: Held::default(),
+        }
     }
 
     pub(super) fn queue_state(&self) -> QueueState {
@@ -132,7 +141,7 @@ impl Receiver {
             };
             match carried {
                 Carried::Packet(length) => {
-                    publish(&mut self.queue, memory, &posted.complete(length))?;
+                    publish(&mut self.queue, memory, &posted.complete(length, self.checksums))?;
                     received = true;
                 }
                 Carried::Later => return Ok(false),
@@ -165,7 +174,7 @@ impl Receiver {
                 .filter(|chain| chain.readable.is_empty() && chain.writable.len() > HEADER_SIZE);
             match buffers {
                 Some(Chain { writable, .. }) if posted.has_place_for(&writable) => posted.add(head, writable),
-                None if posted.chains.is_empty() => {
+                _ if posted.chains.is_empty() => {
                     health.count_error();
                     self.queue.add_used(memory, head, 0)?;
                     return Ok(Room::Useless);
@@ -230,9 +239,9 @@ impl<'a> Posted<'a> {
         Carried::Packet(packet.len())
     }
 
-    /// Takes the chains away that a packet of `length` bytes fills, and writes into its header how many they are. What
-    /// the used ring is to say of them.
-    fn complete(&mut self, length: usize) -> Vec<(u16, u32)> {
+    /// Takes the chains away that a packet of `length` bytes fills, and completes its header: how many they are, and no
+    /// flags for a driver that knows none. What the used ring is to say of them.
+    fn complete(&mut self, length: usize, checksums: bool) -> Vec<(u16, u32)> {
         let mut used = Vec::new();
         let mut header = None;
         let mut left = length;
@@ -246,8 +255,14 @@ impl<'a> Posted<'a> {
             left -= written;
             header = header.or_else(|| buffers.split_front(HEADER_SIZE));
         }
-        if let Some(num_buffers) = header.and_then(|mut header| header.split_back(NUM_BUFFERS_SIZE)) {
-            num_buffers.copy_from(&(used.len() as u16).to_le_bytes());
+        if let Some(mut header) = header {
+            if !checksums {
+                // The flags are its first byte.
+                header.copy_from(&[0]);
+            }
+            if let Some(num_buffers) = header.split_back(NUM_BUFFERS_SIZE) {
+                num_buffers.copy_from(&(used.len() as u16).to_le_bytes());
+            }
         }
         used
     }

@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
-use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_queue::QueueState;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
@@ -47,7 +46,7 @@ impl Session {
             problem: "there are two queues",
         })?;
         let worker = Worker {
-            receiver: Receiver::new(rx, features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0),
+            receiver: Receiver::new(rx, features),
             transmitter: Transmitter::new(tx),
             memory: activation.memory,
             interrupt: activation.interrupt,

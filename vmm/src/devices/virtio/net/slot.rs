@@ -92,6 +92,9 @@ impl NetSlot {
         let session = self.ends().driver.take();
         if let Some(session) = session {
             session.stop();
+            if let Some(tap) = &mut self.ends().tap {
+                tap.forget_driver();
+            }
         }
     }
 

@@ -21,6 +21,9 @@ use vmm_sys_util::epoll::EventSet;
 use super::{HEADER_SIZE, device_error};
 use crate::error::{Error, Result};
 
+/// More packets than wait in any TAP: its queue is as long as the interface's, by default 500 (`TUN_READQ_SIZE`).
+const MAX_QUEUED: usize = 10_000;
+
 nix::ioctl_read_bad!(
     /// Asks for the interface's name and flags.
     tun_get_interface, TUNGETIFF, libc::ifreq
@@ -92,6 +95,18 @@ impl Tap {
         unsafe { tun_set_offloads(self.file.as_raw_fd(), offloads) }
             .map(drop)
             .map_err(|errno| device_error("set the offloads of the TAP device", errno.into()))
+    }
+
+    /// The driver is gone, and the next one may be able to take less: what is queued for this one is dropped, and what
+    /// comes meanwhile is such that any driver can take it.
+    pub(super) fn forget_driver(&mut self) {
+        // Fails for an interface that is gone, which then has no packets either.
+        let _ = self.set_offloads(0);
+        for _ in 0..MAX_QUEUED {
+            if self.read_into(&mut [0; HEADER_SIZE]).is_err() {
+                break;
+            }
+        }
     }
 
     /// Reads one packet with its header into the buffers, and returns its length. What does not fit is lost.

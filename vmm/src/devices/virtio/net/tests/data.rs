@@ -127,6 +127,24 @@ fn a_driver_that_does_not_merge_buffers_gets_each_packet_in_one() {
 }
 
 #[test]
+fn flags_reach_only_a_driver_that_knows_them() {
+    for (features, flags) in [(MERGEABLE, 0), (MERGEABLE | 1 << VIRTIO_NET_F_GUEST_CSUM, 2)] {
+        let mut port = Port::new(features);
+        // Into the buffers, and by way of the device's own memory.
+        for buffers in [1, 50] {
+            port.post(buffers, 2000);
+            port.driver.kick(RX);
+            port.host
+                .write_all(&[&[2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0][..], &frame(1, 60)].concat())
+                .unwrap();
+            port.wait(RX, 1);
+            let used = port.driver.queues[0].used_one();
+            assert_eq!(port.content(used)[..HEADER_SIZE], [flags, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+        }
+    }
+}
+
+#[test]
 fn packets_wait_in_the_host_until_there_are_buffers() {
     for features in [MERGEABLE, MERGEABLE | EVENT_IDX, 0, EVENT_IDX] {
         let mut port = Port::new(features);
