@@ -8,7 +8,7 @@ use containerd_shim_protos::shim_async::TaskClient;
 use mayu_agent_api::Hello;
 use mayu_agent_api::sandbox::{
     ConfigureNetworkRequest, ConfigureRequest, CreateVolumeRequest, Event, EventsRequest, HealthRequest,
-    HealthResponse, ShutdownRequest,
+    HealthResponse, ResizeRequest, ShutdownRequest,
 };
 use mayu_agent_api::sandbox_ttrpc::SandboxClient;
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -135,6 +135,16 @@ impl Agent {
         let request = CreateVolumeRequest { name, size_bytes: size, mode, uid, gid, ..Default::default() };
         let call = self.sandbox.create_volume(Context::default(), &request);
         answer("create a volume in the guest", self.deadline, call).await.map(drop)
+    }
+
+    /// Has the guest use so many of its vCPUs.
+    ///
+    /// # Errors
+    /// As [`Agent::task`].
+    pub async fn resize(&self, vcpus: u8) -> Result<()> {
+        let request = ResizeRequest { vcpus: vcpus.into(), ..Default::default() };
+        let call = self.sandbox.resize(Context::default(), &request);
+        answer("bring CPUs online", self.deadline, call).await.map(drop)
     }
 
     /// Subscribes to the agent's events.

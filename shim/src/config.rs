@@ -48,10 +48,14 @@ pub struct Vm {
     pub image: PathBuf,
     /// Words added to the end of the kernel command line.
     pub kernel_args: String,
-    /// Number of vCPUs.
+    /// vCPUs of a pod without a limit, and the least of one with.
     pub vcpus: u8,
-    /// Guest memory in MiB.
+    /// Guest memory in MiB, on top of the pod's limits.
     pub memory_mib: u32,
+    /// How many vCPUs a VM may grow to while it runs.
+    pub max_vcpus: u8,
+    /// How much memory a VM may grow to while it runs, in MiB.
+    pub max_memory_mib: u32,
     /// The uid and gid that the VMM runs as.
     pub uid: u32,
 }
@@ -65,6 +69,8 @@ impl Default for Vm {
             kernel_args: String::new(),
             vcpus: 1,
             memory_mib: 256,
+            max_vcpus: 4,
+            max_memory_mib: 4096,
             uid: 64646,
         }
     }
@@ -163,13 +169,21 @@ impl Config {
 
     /// Checks what can be checked without looking at the host; gives the offending key and the reason.
     fn check(&self) -> std::result::Result<(), (&'static str, String)> {
-        let Vm { vcpus, memory_mib, uid, .. } = self.vm;
+        let Vm { vcpus, memory_mib, max_vcpus, max_memory_mib, uid, .. } = self.vm;
         if !(1..=MAX_VCPUS).contains(&vcpus) {
             return Err(("vcpus", format!("{vcpus} is not between 1 and {MAX_VCPUS}")));
         }
         if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&memory_mib) {
             let reason = format!("{memory_mib} is not between {MIN_MEMORY_MIB} and {MAX_MEMORY_MIB}");
             return Err(("memory_mib", reason));
+        }
+        if !(vcpus..=MAX_VCPUS).contains(&max_vcpus) {
+            return Err(("max_vcpus", format!("{max_vcpus} is not between vcpus, {vcpus}, and {MAX_VCPUS}")));
+        }
+        if !(memory_mib..=MAX_MEMORY_MIB).contains(&max_memory_mib) {
+            let reason =
+                format!("{max_memory_mib} is not between memory_mib, {memory_mib}, and {MAX_MEMORY_MIB}");
+            return Err(("max_memory_mib", reason));
         }
         if uid == 0 {
             return Err(("uid", "the VMM must not run as root".into()));
@@ -240,6 +254,8 @@ mod tests {
             ("[vm]\n\nmemory_mib = 63\n", ": line 3: ", "memory_mib: 63"),
             ("[vm]\nmemory_mib = 65537\n", ": line 2: ", "memory_mib: 65537"),
             ("[vm]\nvcpus = 33\n", ": line 2: ", "vcpus: 33"),
+            ("[vm]\nvcpus = 5\nmax_vcpus = 4\n", ": line 3: ", "max_vcpus: 4"),
+            ("[vm]\nmax_memory_mib = 255\n", ": line 2: ", "max_memory_mib: 255"),
             ("[vm]\nuid = 0\n", ": line 2: ", "uid"),
             ("[vm]\nkernel = \"vmlinux\"\n", ": line 2: ", "kernel: vmlinux"),
             ("[timeouts]\nboot = 0\n", ": line 2: ", "boot"),

@@ -8,16 +8,19 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use containerd_shim_protos::api::UpdateTaskRequest;
+use containerd_shim_protos::shim_async::TaskClient;
 use nix::sys::sysinfo::sysinfo;
 use oci_spec::runtime::Spec;
 use slog::{Logger, warn};
 use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
+use ttrpc::context::Context;
 
 use crate::config::Config;
 use crate::container::{Container, PidNamespace, Role};
 use crate::events::Events;
-use crate::pod_spec::{PodSpec, Size};
+use crate::pod_spec::{Limits, PodSpec, Size};
 use crate::sandbox::{Blueprint, Sandbox};
 use crate::state_dir::StateDir;
 use crate::storage::{self, Storage};
@@ -218,6 +221,34 @@ impl Pod {
             [target] => Ok(PidNamespace::Of(target.clone())),
             _ => Err(Error::AmbiguousTarget { candidates }),
         }
+    }
+
+    /// What the containers may use together.
+    fn limits(&self) -> Limits {
+        let state = self.lock();
+        state.containers.values().fold(Limits::default(), |sum, container| sum.plus(container.limits()))
+    }
+
+    /// Changes what a container may use; the VM grows before it, and shrinks after it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for limits that cannot be read, or what the VM or the agent cannot do.
+    pub async fn update(&self, container: &Container, request: UpdateTaskRequest) -> Result<()> {
+        let sandbox = self.running_sandbox()?;
+        let resources = serde_json::from_slice(&request.resources.value)
+            .map_err(|error| Error::InvalidArgument(format!("resources: {error}")))?;
+        let (before, needed) = (container.limits(), self.limits());
+        container.set_limits(before.updated(&resources));
+        let update = async {
+            sandbox.fit(self.limits().max(needed)).await?;
+            let update = async |task: TaskClient| task.update(Context::default(), &request).await;
+            sandbox.agent.task("update resources", update).await
+        };
+        if let Err(error) = update.await {
+            container.set_limits(before);
+            return Err(error);
+        }
+        sandbox.fit(self.limits()).await
     }
 
     async fn detach_storage(&self, sandbox: &Sandbox, container_id: &str) {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use mayu_vmm_api::{MAX_MEMORY_MIB, MAX_VCPUS};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
 use protobuf::Message;
 
 use crate::annotations::{self, Annotations};
@@ -65,6 +65,13 @@ pub struct Size {
     pub vcpus: u8,
     /// Memory in MiB.
     pub memory_mib: u32,
+}
+
+impl Size {
+    /// What a VM that starts like this may grow to.
+    pub fn largest(self, vm: &Vm) -> Self {
+        Self { vcpus: self.vcpus.max(vm.max_vcpus), memory_mib: self.memory_mib.max(vm.max_memory_mib) }
+    }
 }
 
 /// A small file that every container of the pod gets unless it has a mount there.
@@ -150,8 +157,11 @@ impl Limits {
     /// What one container may use.
     pub fn of_container(spec: &Spec) -> Self {
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-        let cpu = resources.and_then(|resources| resources.cpu().as_ref());
-        let memory = resources.and_then(|resources| resources.memory().as_ref());
+        resources.map(Self::of_resources).unwrap_or_default()
+    }
+
+    fn of_resources(resources: &LinuxResources) -> Self {
+        let (cpu, memory) = (resources.cpu().as_ref(), resources.memory().as_ref());
         Self {
             cpu_millis: cpu.and_then(|cpu| {
                 let period = cpu.period().and_then(|period| i64::try_from(period).ok()).unwrap_or_default();
@@ -161,6 +171,17 @@ impl Limits {
                 .and_then(|memory| memory.limit())
                 .and_then(|limit| u64::try_from(limit).ok())
                 .filter(|limit| *limit > 0),
+        }
+    }
+
+    /// What a container with these limits may use after a change, which leaves alone what it does not name.
+    pub fn updated(self, resources: &LinuxResources) -> Self {
+        let changed = Self::of_resources(resources);
+        let names_cpu = resources.cpu().as_ref().is_some_and(|cpu| cpu.quota().is_some());
+        let names_memory = resources.memory().as_ref().is_some_and(|memory| memory.limit().is_some());
+        Self {
+            cpu_millis: if names_cpu { changed.cpu_millis } else { self.cpu_millis },
+            memory: if names_memory { changed.memory } else { self.memory },
         }
     }
 
@@ -416,6 +437,16 @@ mod tests {
         }));
         let expected = Limits { cpu_millis: Some(500), memory: Some(8192) };
         assert_eq!(PodSpec::from_oci(&pod).unwrap().limits, expected);
+    }
+
+    #[test]
+    fn a_change_leaves_alone_what_it_does_not_name() {
+        let before = Limits { cpu_millis: Some(500), memory: Some(4096) };
+        let resources = |value| serde_json::from_value::<LinuxResources>(value).unwrap();
+        let memory = resources(json!({"memory": {"limit": 8192}}));
+        assert_eq!(before.updated(&memory), Limits { cpu_millis: Some(500), memory: Some(8192) });
+        let unlimited = resources(json!({"cpu": {"quota": -1}, "memory": {}}));
+        assert_eq!(before.updated(&unlimited), Limits { cpu_millis: None, memory: Some(4096) });
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod boot;
 mod network;
+mod size;
 
 use std::collections::HashSet;
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,7 +24,7 @@ use crate::config::Config;
 use crate::console::Console;
 use crate::devices::{BlockDevice, Place, Slots};
 use crate::error::system;
-use crate::pod_spec::Size;
+use crate::pod_spec::{Limits, Size};
 use crate::spec::Volume;
 use crate::state_dir::StateDir;
 use crate::vmm_process::VmmProcess;
@@ -32,6 +33,7 @@ use crate::{Result, cgroup};
 pub use boot::Blueprint;
 
 use network::Network;
+use size::Sizes;
 
 /// A running VM.
 #[derive(Debug)]
@@ -49,7 +51,7 @@ pub struct Sandbox {
     /// What is in the block slots.
     slots: Mutex<Slots>,
     network: Mutex<Network>,
-    size: Size,
+    sizes: Sizes,
     vmm: VmmProcess,
     client: Arc<VmmClient>,
     own_cgroup: Option<PathBuf>,
@@ -74,8 +76,16 @@ impl Sandbox {
     }
 
     /// How large the VM is.
-    pub fn size(&self) -> Size {
-        self.size
+    pub async fn size(&self) -> Size {
+        self.sizes.current().await
+    }
+
+    /// Makes the VM as large as containers with these limits need it, as far as it can grow.
+    ///
+    /// # Errors
+    /// The VMM or the agent cannot.
+    pub async fn fit(&self, containers: Limits) -> Result<()> {
+        self.sizes.fit(containers, &self.client, &self.agent, &self.log).await
     }
 
     /// Gives the guest the network that somebody may have set up in the VMM's own network namespace since the boot, where the

@@ -162,10 +162,11 @@ async fn details(pod: &Pod) -> HashMap<String, String> {
     let guest = async {
         let sandbox = pod.running_sandbox()?;
         let health = sandbox.agent.health().await?;
+        let size = sandbox.size().await;
         Ok::<_, Error>(json!({
             "vmm_pid": sandbox.pid(),
-            "vcpus": sandbox.size().vcpus,
-            "memory_mib": sandbox.size().memory_mib,
+            "vcpus": size.vcpus,
+            "memory_mib": size.memory_mib,
             "kernel": health.kernel_release.chars().take(128).collect::<String>(),
             "agent": health.agent_version.chars().take(128).collect::<String>(),
             "memory_available_bytes": health.memory_available_bytes,

@@ -144,10 +144,7 @@ impl Task for TaskService {
             );
         }
         let pod = self.pod.clone();
-        let update = async move {
-            let update = async |task: TaskClient| task.update(Context::default(), &request).await;
-            pod.running_sandbox()?.agent.task("update resources", update).await
-        };
+        let update = async move { pod.update(&container, request).await.map(|()| Empty::new()) };
         complete("update", &self.pod, update).await
     }
 

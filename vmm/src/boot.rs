@@ -20,8 +20,10 @@ use crate::error::{Error, Result};
 /// * The image is the first block device, and the agent is process 1.
 /// * The processor's random numbers are taken as entropy; the TSC, which KVM's clock stands on, is not watched.
 /// * There are no bounce buffers (64 MiB, from 4 GiB of memory on): virtio reaches all memory.
+/// * There is no `dummy0`: a pod's interfaces are those that it was given.
 const COMMON: &str = "console=ttyS0 quiet reboot=k panic=-1 root=/dev/vda rootfstype=erofs ro \
-                      init=/sbin/mayu-agent random.trust_cpu=on tsc=reliable swiotlb=noforce 8250.nr_uarts=1";
+                      init=/sbin/mayu-agent random.trust_cpu=on tsc=reliable swiotlb=noforce 8250.nr_uarts=1 \
+                      dummy.numdummies=0";
 
 /// What a guest is told whose memory can grow: memory that was plugged in is used at once, without anybody to say so. It
 /// becomes memory of programs alone, which can be moved away and be unplugged again, as long as there is a third as much

@@ -86,6 +86,7 @@ impl Pod {
                 let rootfs = request.rootfs.clone();
                 let storage = Storage { container_id: container.id.clone(), rootfs, root, binds };
                 let sandbox = self.sandbox_with(Some(storage), pod).await?;
+                sandbox.fit(self.limits()).await?;
                 sandbox.provide(volumes).await?;
                 if !devices.is_empty() {
                     let places = sandbox.attach_devices(&container.id, &devices).await?;

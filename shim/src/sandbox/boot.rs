@@ -14,6 +14,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, timeout_at};
 
 use super::network::{Given, Network};
+use super::size::Sizes;
 use super::{Sandbox, Signs, connect, describe, into_stream};
 use crate::agent::{Agent, AgentEvents, read_hello};
 use crate::cgroup;
@@ -78,16 +79,16 @@ impl Sandbox {
         let Spawned { process: vmm, client, events: vmm_events, .. } = spawned;
         match up {
             Ok(Up { agent, agent_events, ready, network }) => {
-                let Blueprint { config, dir, log, size, .. } = blueprint;
+                let Blueprint { spec, config, dir, log, size, .. } = blueprint;
                 let sandbox = Self {
-                    config,
-                    dir,
                     agent,
                     files: pod_files,
                     volumes: Mutex::default(),
                     slots: Mutex::default(),
                     network: Mutex::new(network),
-                    size,
+                    sizes: Sizes::new(size, spec.limits, &config.vm),
+                    config,
+                    dir,
                     vmm,
                     client,
                     own_cgroup,
@@ -112,6 +113,7 @@ impl Sandbox {
 /// The machine, with a network slot for each interface. There is one in every machine: the topology is the same for all.
 fn machine(blueprint: &Blueprint, interfaces: usize) -> Result<VmConfig> {
     let vm = &blueprint.config.vm;
+    let largest = blueprint.size.largest(vm);
     let net_slots = u8::try_from(interfaces.max(1)).unwrap_or(u8::MAX);
     if net_slots > MAX_NET_SLOTS {
         return Err(Error::Machine(format!(
@@ -121,9 +123,9 @@ fn machine(blueprint: &Blueprint, interfaces: usize) -> Result<VmConfig> {
     Ok(VmConfig {
         sandbox_id: blueprint.id.clone(),
         vcpus: blueprint.size.vcpus,
-        max_vcpus: blueprint.size.vcpus,
+        max_vcpus: largest.vcpus,
         memory_mib: blueprint.size.memory_mib,
-        max_memory_mib: blueprint.size.memory_mib,
+        max_memory_mib: largest.memory_mib,
         net_slots,
         guest_cid: GUEST_CID,
         kernel_args: vm.kernel_args.clone(),

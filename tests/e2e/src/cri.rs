@@ -9,17 +9,19 @@ use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
     AttachRequest, ContainerConfig, ContainerMetadata, ContainerState, ContainerStats, ContainerStatsRequest,
     ContainerStatus, ContainerStatusRequest, CreateContainerRequest, ExecRequest, ExecSyncRequest,
-    ExecSyncResponse, ImageSpec, LinuxContainerResources, LinuxPodSandboxConfig, ListPodSandboxRequest,
-    PodSandboxConfig, PodSandboxMetadata, PodSandboxState, PodSandboxStats, PodSandboxStatsRequest,
-    PodSandboxStatusRequest, PodSandboxStatusResponse, PortForwardRequest, RemoveContainerRequest,
-    RemovePodSandboxRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
-    StopPodSandboxRequest, UpdateContainerResourcesRequest,
+    ExecSyncResponse, ImageSpec, LinuxContainerConfig, LinuxContainerResources,
+    LinuxContainerSecurityContext, LinuxPodSandboxConfig, ListPodSandboxRequest, PodSandboxConfig,
+    PodSandboxMetadata, PodSandboxState, PodSandboxStats, PodSandboxStatsRequest, PodSandboxStatusRequest,
+    PodSandboxStatusResponse, PortForwardRequest, RemoveContainerRequest, RemovePodSandboxRequest,
+    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    UpdateContainerResourcesRequest,
 };
+use k8s_cri::v1::{NamespaceMode, NamespaceOption};
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
-use crate::{PATIENCE, ctr, run};
+use crate::{PATIENCE, PAUSE, ctr, run};
 
 pub use stream::{Finished, Forward, Session};
 
@@ -51,7 +53,7 @@ impl Cri {
     /// # Panics
     /// containerd does not answer.
     pub fn connect(images: &[&str]) -> Self {
-        for image in images {
+        for image in images.iter().chain([&PAUSE]) {
             provide(image);
         }
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
@@ -123,15 +125,22 @@ fn handler() -> String {
     std::env::var(HANDLER_VARIABLE).unwrap_or_else(|_| HANDLER.to_owned())
 }
 
-/// A container that is to be created.
+/// A container that is to be created, which sees its own processes alone, as a kubelet has it unless the pod says otherwise.
 pub fn container(name: &str, image: &str, command: &[&str]) -> ContainerConfig {
     ContainerConfig {
         metadata: Some(ContainerMetadata { name: name.into(), attempt: 0 }),
         image: Some(ImageSpec { image: image.into(), ..Default::default() }),
         command: command.iter().map(ToString::to_string).collect(),
         log_path: format!("{name}.log"),
+        linux: Some(LinuxContainerConfig { security_context: Some(own_processes()), ..Default::default() }),
         ..Default::default()
     }
+}
+
+/// What [`container`] has for its security.
+pub fn own_processes() -> LinuxContainerSecurityContext {
+    let namespaces = NamespaceOption { pid: NamespaceMode::Container.into(), ..Default::default() };
+    LinuxContainerSecurityContext { namespace_options: Some(namespaces), ..Default::default() }
 }
 
 /// Has an image of the default namespace in CRI's as well.

@@ -24,6 +24,9 @@ pub fn runtime() -> String {
 /// Debian's static busybox and nothing else.
 pub const BUSYBOX: &str = "docker.io/mayu/busybox:test";
 
+/// What containerd runs as the pod itself, where the pod is not a VM.
+pub const PAUSE: &str = "docker.io/mayu/pause:test";
+
 /// Debian with python3.
 pub const PYTHON: &str = "docker.io/mayu/python3:test";
 

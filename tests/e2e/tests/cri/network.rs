@@ -147,17 +147,21 @@ fn a_receiver_that_does_not_read_holds_nobody_else_up() {
 #[test]
 fn a_port_of_the_guests_loopback_is_forwarded_until_the_pod_stops() {
     let mut pod = pod();
-    // Each connection gets one line back, at both loopback addresses and nowhere else.
-    let serve = "nc -lk -p 8000 -s 127.0.0.1 -e sh -c 'read line; echo four $line' & \
-                 exec nc -lk -p 9000 -s ::1 -e sh -c 'read line; echo six $line'";
+    let serve = "mkdir -p /four /six; echo four > /four/index.html; echo six > /six/index.html; \
+                 httpd -p 127.0.0.1:8000 -h /four; exec httpd -f -p [::1]:9000 -h /six";
     let server = pod.run("server", BUSYBOX, &["sh", "-c", serve]).unwrap();
     let listening = "netstat -ltn | grep -c -e 127.0.0.1:8000 -e ::1:9000 || true";
     eventually("it listens", || script(&mut pod, &server, listening) == "2");
 
-    for (port, answer) in [(8000, "four hello\n"), (9000, "six hello\n")] {
+    for (port, text) in [(8000, "four\n"), (9000, "six\n")] {
         let mut forward = pod.forward(port).unwrap();
-        forward.write(b"hello\n");
-        assert_eq!(forward.read().expect("an answer").expect("no error"), answer.as_bytes());
+        forward.write(b"GET /index.html HTTP/1.0\r\n\r\n");
+        let mut answer = Vec::new();
+        while let Some(bytes) = forward.read() {
+            answer.extend(bytes.expect("no error"));
+        }
+        let answer = String::from_utf8_lossy(&answer);
+        assert!(answer.ends_with(text), "{answer}");
     }
     let mut nobody = pod.forward(1234).unwrap();
     nobody.write(b"hello\n");

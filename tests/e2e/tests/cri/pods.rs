@@ -9,7 +9,7 @@ use k8s_cri::v1::{
     Mount,
 };
 use mayu_e2e::BUSYBOX;
-use mayu_e2e::cri::{Cri, container};
+use mayu_e2e::cri::{Cri, container, own_processes};
 use mayu_e2e::host::{Traces, processes_named};
 use mayu_e2e::shim::eventually;
 
@@ -122,7 +122,10 @@ fn limits_hold_change_and_are_told_when_they_kill() {
     let memory =
         |memory_limit_in_bytes| LinuxContainerResources { memory_limit_in_bytes, ..Default::default() };
     let limited = |name, command: &[&str], bytes| ContainerConfig {
-        linux: Some(LinuxContainerConfig { resources: Some(memory(bytes)), ..Default::default() }),
+        linux: Some(LinuxContainerConfig {
+            resources: Some(memory(bytes)),
+            security_context: Some(own_processes()),
+        }),
         ..container(name, BUSYBOX, command)
     };
     let mut pod = pod();

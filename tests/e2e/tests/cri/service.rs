@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 
-use k8s_cri::v1::{ContainerConfig, LinuxContainerConfig, LinuxContainerResources, Mount};
+use k8s_cri::v1::{ContainerConfig, LinuxContainerResources, Mount};
 use mayu_e2e::cri::{Cri, Pod, container};
 use mayu_e2e::host::Traces;
 use mayu_e2e::shim::eventually;
@@ -112,10 +112,8 @@ fn served_to_other_pods(address: SocketAddr) {
 fn limits_of_the_images_users_hold() {
     // redis runs as its own user, which the image names; the files that it makes are that user's.
     let mut pod = Cri::connect(&[REDIS]).run_pod(Default::default()).unwrap();
-    let config = ContainerConfig {
-        linux: Some(LinuxContainerConfig::default()),
-        ..container("database", REDIS, &["redis-server", "--save", "", "--dir", "/var/lib/redis"])
-    };
+    let command = ["redis-server", "--save", "", "--dir", "/var/lib/redis"];
+    let config = container("database", REDIS, &command);
     let database = pod.run_container(config).unwrap();
     eventually("it answers", || {
         pod.exec(&database, "redis-cli ping").is_ok_and(|(_, answer)| answer == "PONG")
