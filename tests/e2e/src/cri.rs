@@ -1,28 +1,31 @@
 //! Pods as a kubelet makes them: through containerd's CRI service.
 
+mod events;
+mod list;
 mod stream;
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
     AttachRequest, ContainerConfig, ContainerMetadata, ContainerState, ContainerStats, ContainerStatsRequest,
-    ContainerStatus, ContainerStatusRequest, CreateContainerRequest, ExecRequest, ExecSyncRequest,
-    ExecSyncResponse, ImageSpec, LinuxContainerConfig, LinuxContainerResources,
-    LinuxContainerSecurityContext, LinuxPodSandboxConfig, ListPodSandboxRequest, PodSandboxConfig,
-    PodSandboxMetadata, PodSandboxState, PodSandboxStats, PodSandboxStatsRequest, PodSandboxStatusRequest,
+    ContainerStatus, ContainerStatusRequest, CreateContainerRequest, ExecRequest, ExecSyncRequest, ImageSpec,
+    LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
+    ListPodSandboxRequest, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
+    PodSandboxState, PodSandboxStats, PodSandboxStatsRequest, PodSandboxStatusRequest,
     PodSandboxStatusResponse, PortForwardRequest, RemoveContainerRequest, RemovePodSandboxRequest,
-    RunPodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
-    UpdateContainerResourcesRequest,
+    ReopenContainerLogRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
+    StopPodSandboxRequest, UpdateContainerResourcesRequest,
 };
-use k8s_cri::v1::{NamespaceMode, NamespaceOption};
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
-use crate::{PATIENCE, PAUSE, ctr, run};
+use crate::{Outcome, PATIENCE, PAUSE, ctr, run};
 
+pub use events::events;
 pub use stream::{Finished, Forward, Session};
 
 /// The runtime handler of mayu in containerd's configuration, as a RuntimeClass names it.
@@ -31,8 +34,11 @@ const HANDLER: &str = "mayu";
 /// The environment variable that names another handler, for the same tests on another way of driving pods.
 const HANDLER_VARIABLE: &str = "MAYU_TEST_HANDLER";
 
+/// Where containerd serves CRI.
+const ENDPOINT: &str = "unix:///run/containerd/containerd.sock";
+
 /// containerd's namespace of CRI.
-const NAMESPACE: &str = "k8s.io";
+pub(crate) const NAMESPACE: &str = "k8s.io";
 
 /// A connection to containerd's CRI service.
 pub struct Cri {
@@ -57,7 +63,7 @@ impl Cri {
             provide(image);
         }
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        let endpoint = Endpoint::from_static("unix:///run/containerd/containerd.sock").timeout(PATIENCE);
+        let endpoint = Endpoint::from_static(ENDPOINT).timeout(PATIENCE);
         let channel = runtime.block_on(endpoint.connect()).expect("containerd serves CRI");
         Self { runtime, client: RuntimeServiceClient::new(channel) }
     }
@@ -125,22 +131,23 @@ fn handler() -> String {
     std::env::var(HANDLER_VARIABLE).unwrap_or_else(|_| HANDLER.to_owned())
 }
 
-/// A container that is to be created, which sees its own processes alone, as a kubelet has it unless the pod says otherwise.
+/// What a kubelet says of every container's security: that its processes are its own. CRI's default is that the containers
+/// of a pod see each other's.
+pub fn private() -> LinuxContainerSecurityContext {
+    let options = NamespaceOption { pid: NamespaceMode::Container.into(), ..Default::default() };
+    LinuxContainerSecurityContext { namespace_options: Some(options), ..Default::default() }
+}
+
+/// A container that is to be created.
 pub fn container(name: &str, image: &str, command: &[&str]) -> ContainerConfig {
     ContainerConfig {
         metadata: Some(ContainerMetadata { name: name.into(), attempt: 0 }),
         image: Some(ImageSpec { image: image.into(), ..Default::default() }),
         command: command.iter().map(ToString::to_string).collect(),
         log_path: format!("{name}.log"),
-        linux: Some(LinuxContainerConfig { security_context: Some(own_processes()), ..Default::default() }),
+        linux: Some(LinuxContainerConfig { security_context: Some(private()), ..Default::default() }),
         ..Default::default()
     }
-}
-
-/// What [`container`] has for its security.
-pub fn own_processes() -> LinuxContainerSecurityContext {
-    let namespaces = NamespaceOption { pid: NamespaceMode::Container.into(), ..Default::default() };
-    LinuxContainerSecurityContext { namespace_options: Some(namespaces), ..Default::default() }
 }
 
 /// Has an image of the default namespace in CRI's as well.
@@ -207,13 +214,26 @@ impl Pod {
         self.addresses()[0]
     }
 
+    /// The file of a container's output.
+    pub fn log_path(&self, name: &str) -> PathBuf {
+        format!("{}/{name}.log", self.config.log_directory).into()
+    }
+
     /// What containerd has written of a container's output, in the format of CRI.
     ///
     /// # Panics
     /// There is no such file.
     pub fn log(&self, name: &str) -> String {
-        let path = format!("{}/{name}.log", self.config.log_directory);
-        std::fs::read_to_string(path).expect("a log")
+        std::fs::read_to_string(self.log_path(name)).expect("a log")
+    }
+
+    /// Has containerd write a container's output to a new file, the old one having been renamed.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn reopen_log(&mut self, container: &str) -> Result<(), Status> {
+        let request = ReopenContainerLogRequest { container_id: container.into() };
+        self.cri.runtime.block_on(self.cri.client.reopen_container_log(request)).map(drop)
     }
 
     /// What it uses.
@@ -318,14 +338,24 @@ impl Pod {
     /// # Errors
     /// containerd's answer.
     pub fn exec_for(&mut self, container: &str, script: &str, seconds: i64) -> Result<(i32, String), Status> {
+        let outcome = self.outcome(container, script, seconds)?;
+        Ok((outcome.code, outcome.text()))
+    }
+
+    /// Runs a shell script in a container for at most so many seconds; 0 is no limit. Tells all that is known of it.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn outcome(&mut self, container: &str, script: &str, seconds: i64) -> Result<Outcome, Status> {
         let request = ExecSyncRequest {
             container_id: container.into(),
             cmd: ["sh", "-c", script].map(str::to_owned).to_vec(),
             timeout: seconds,
         };
         let call = self.cri.client.exec_sync(request);
-        let ExecSyncResponse { stdout, exit_code, .. } = self.cri.runtime.block_on(call)?.into_inner();
-        Ok((exit_code, String::from_utf8_lossy(&stdout).trim_end().to_owned()))
+        let answer = self.cri.runtime.block_on(call)?.into_inner();
+        let stderr = String::from_utf8_lossy(&answer.stderr).into_owned();
+        Ok(Outcome { code: answer.exit_code, stdout: answer.stdout, stderr })
     }
 
     /// What CRI knows of a container.
@@ -372,11 +402,26 @@ impl Pod {
     /// # Errors
     /// containerd's answer.
     pub fn remove_container(&mut self, container: &str, grace: i64) -> Result<(), Status> {
-        let Cri { runtime, client } = &mut self.cri;
+        self.stop_container(container, grace)?;
+        self.delete_container(container)
+    }
+
+    /// Stops a container with a grace period of so many seconds.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn stop_container(&mut self, container: &str, grace: i64) -> Result<(), Status> {
         let request = StopContainerRequest { container_id: container.into(), timeout: grace };
-        runtime.block_on(client.stop_container(request))?;
+        self.cri.runtime.block_on(self.cri.client.stop_container(request)).map(drop)
+    }
+
+    /// Removes a container, whether it runs or not.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn delete_container(&mut self, container: &str) -> Result<(), Status> {
         let request = RemoveContainerRequest { container_id: container.into() };
-        runtime.block_on(client.remove_container(request)).map(drop)
+        self.cri.runtime.block_on(self.cri.client.remove_container(request)).map(drop)
     }
 
     /// Stops the pod.

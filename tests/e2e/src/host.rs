@@ -43,6 +43,26 @@ pub fn processes_named(name: &str) -> Vec<Process> {
     processes().into_iter().filter(|process| process.name == name).collect()
 }
 
+/// The shim that serves a pod.
+///
+/// # Panics
+/// There is none.
+#[track_caller]
+pub fn shim_of(pod: &str) -> Process {
+    let serves =
+        |process: &Process| process.name.starts_with("containerd-shim") && process.command.contains(pod);
+    processes().into_iter().find(serves).expect("the pod has a shim")
+}
+
+/// How many files a process has open.
+///
+/// # Panics
+/// There is no such process.
+#[track_caller]
+pub fn descriptors(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).expect("the process is there").count()
+}
+
 /// A line of /proc/<pid>/status, such as `Uid`.
 ///
 /// # Panics

@@ -10,6 +10,8 @@ mod command;
 mod container;
 pub mod cri;
 pub mod host;
+pub mod image;
+pub mod mount;
 pub mod shim;
 pub mod spec;
 

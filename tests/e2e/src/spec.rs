@@ -86,7 +86,9 @@ impl Bundle {
     }
 }
 
-fn install_busybox(rootfs: &Path) {
+/// Makes a root filesystem of busybox, in which the user `nobody` is in the group `extra`, 1234, as well.
+#[track_caller]
+pub(crate) fn install_busybox(rootfs: &Path) {
     for dir in ["bin", "dev", "etc", "proc", "sys", "tmp"] {
         fs::create_dir_all(rootfs.join(dir)).expect("there is room for a directory");
     }

@@ -9,7 +9,7 @@ use k8s_cri::v1::{
     Mount,
 };
 use mayu_e2e::BUSYBOX;
-use mayu_e2e::cri::{Cri, container, own_processes};
+use mayu_e2e::cri::{Cri, container, private};
 use mayu_e2e::host::{Traces, processes_named};
 use mayu_e2e::shim::eventually;
 
@@ -121,12 +121,10 @@ fn a_volume_is_shared_and_what_changes_on_the_host_is_seen() {
 fn limits_hold_change_and_are_told_when_they_kill() {
     let memory =
         |memory_limit_in_bytes| LinuxContainerResources { memory_limit_in_bytes, ..Default::default() };
-    let limited = |name, command: &[&str], bytes| ContainerConfig {
-        linux: Some(LinuxContainerConfig {
-            resources: Some(memory(bytes)),
-            security_context: Some(own_processes()),
-        }),
-        ..container(name, BUSYBOX, command)
+    let limited = |name, command: &[&str], bytes| {
+        let resources = Some(memory(bytes));
+        let linux = LinuxContainerConfig { resources, security_context: Some(private()) };
+        ContainerConfig { linux: Some(linux), ..container(name, BUSYBOX, command) }
     };
     let mut pod = pod();
     let one = pod.run_container(limited("one", &["sleep", "infinity"], 32 << 20)).unwrap();

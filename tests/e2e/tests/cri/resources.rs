@@ -5,7 +5,7 @@ use std::fs;
 
 use k8s_cri::v1::{ContainerConfig, LinuxContainerConfig, LinuxContainerResources, LinuxPodSandboxConfig};
 use mayu_e2e::BUSYBOX;
-use mayu_e2e::cri::{Cri, Pod, container, own_processes, pod_config};
+use mayu_e2e::cri::{Cri, Pod, container, pod_config, private};
 use mayu_e2e::host::processes_named;
 use mayu_e2e::shim::eventually;
 
@@ -30,7 +30,7 @@ fn sized(resources: LinuxContainerResources) -> Pod {
 }
 
 fn limited(name: &str, resources: LinuxContainerResources) -> ContainerConfig {
-    let linux = LinuxContainerConfig { resources: Some(resources), security_context: Some(own_processes()) };
+    let linux = LinuxContainerConfig { resources: Some(resources), security_context: Some(private()) };
     ContainerConfig { linux: Some(linux), ..container(name, BUSYBOX, &["sleep", "infinity"]) }
 }
 

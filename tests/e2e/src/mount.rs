@@ -1,0 +1,64 @@
+//! Mounts on the host, as a kubelet and its volume plugins make them.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::run;
+
+/// A mount that is gone when its test is.
+pub struct HostMount {
+    path: PathBuf,
+}
+
+impl HostMount {
+    /// A file system in memory, with options of tmpfs(5).
+    ///
+    /// # Panics
+    /// It cannot be mounted.
+    #[track_caller]
+    pub fn tmpfs(path: &Path, options: &str) -> Self {
+        mount(Some("tmpfs"), path, Some("tmpfs"), MsFlags::empty(), Some(options))
+            .expect("a tmpfs is mounted");
+        Self { path: path.into() }
+    }
+
+    /// A directory or file at a second place.
+    ///
+    /// # Panics
+    /// It cannot be mounted.
+    #[track_caller]
+    pub fn bind(source: &Path, path: &Path) -> Self {
+        mount(Some(source), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+            .expect("a bind mount is made");
+        Self { path: path.into() }
+    }
+
+    /// A new ext4 in a file, by way of a loop device.
+    ///
+    /// # Panics
+    /// It cannot be made or mounted.
+    #[track_caller]
+    pub fn ext4(image: &Path, size: u64, path: &Path) -> Self {
+        File::create_new(image).expect("a new file").set_len(size).expect("there is room");
+        run(Command::new("mkfs.ext4").arg("-q").arg(image)).success();
+        // Fails where loop devices are no module; where there are none at all, the mount says so.
+        run(Command::new("modprobe").arg("loop"));
+        run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(path)).success();
+        Self { path: path.into() }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for HostMount {
+    fn drop(&mut self) {
+        // Something may still use it where its test has failed.
+        let _ = umount2(&self.path, MntFlags::MNT_DETACH);
+    }
+}
