@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
+use mayu_e2e::mount::HostMount;
 use mayu_e2e::spec::Bundle;
 use mayu_e2e::{BUSYBOX, Container};
 use serde_json::json;
@@ -51,6 +52,25 @@ fn read_only_bind_mounts_refuse_writes() {
     assert_eq!(outcome.text(), "kept");
     assert!(outcome.stderr.contains("Read-only file system"), "{}", outcome.stderr);
     assert_eq!(fs::read_to_string(dir.path().join("file")).unwrap(), "kept");
+}
+
+/// Not by CRI: containerd 2.1 offers such mounts for runc alone, and a kubelet asks for nothing that is not offered.
+#[test]
+fn a_recursively_read_only_mount_has_nothing_writable_below_it() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("below")).unwrap();
+    let below = HostMount::tmpfs(&dir.path().join("below"), "size=1m");
+    fs::write(below.path().join("file"), "kept").unwrap();
+    let mount = format!("type=bind,src={},dst=/data,options=rbind:rro", dir.path().display());
+
+    let outcome = Container::sh(
+        &["--mount", &mount],
+        "cat /data/below/file; for f in /data/file /data/below/file; do (echo no > $f) 2>&1; done; true",
+    );
+
+    let text = outcome.success().text();
+    assert_eq!(text.matches("Read-only file system").count(), 2, "{text}");
+    assert_eq!(fs::read_to_string(below.path().join("file")).unwrap(), "kept");
 }
 
 #[test]

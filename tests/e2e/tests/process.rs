@@ -77,6 +77,15 @@ fn no_new_privileges() {
 }
 
 #[test]
+fn security_modules_that_only_the_host_has_do_not_stop_a_container() {
+    let mut bundle = Bundle::sh("cat /proc/self/attr/current 2> /dev/null; echo runs");
+    bundle.spec["process"]["apparmorProfile"] = json!("cri-containerd.apparmor.d");
+    bundle.spec["process"]["selinuxLabel"] = json!("system_u:system_r:container_t:s0:c1,c2");
+    bundle.spec["linux"]["mountLabel"] = json!("system_u:object_r:container_file_t:s0:c1,c2");
+    assert_eq!(bundle.run().success().text(), "runs");
+}
+
+#[test]
 fn a_seccomp_profile_refuses_a_syscall_with_its_errno() {
     let mut bundle = Bundle::sh("mkdir /tmp/refused; touch /tmp/allowed && echo allowed");
     bundle.spec["linux"]["seccomp"] = json!({
