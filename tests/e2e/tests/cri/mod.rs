@@ -1,31 +1,95 @@
 //! What a kubelet asks for. Every test here runs once for each way in which containerd drives a pod: its tests make pods with
 //! the runtime handler that the environment names.
 
+mod confinement;
 mod devices;
+mod lifecycle;
+mod listing;
+mod memory;
+mod namespaces;
 mod network;
 mod pods;
+mod refusals;
 mod resources;
 mod restart;
+mod security;
 mod service;
+mod streams;
+mod volumes;
 
-use k8s_cri::v1::LinuxPodSandboxConfig;
-use mayu_e2e::BUSYBOX;
-use mayu_e2e::cri::{Cri, Pod};
+use std::path::Path;
+
+use k8s_cri::v1::{
+    ContainerConfig, ContainerState, ContainerStatus, LinuxContainerConfig, LinuxContainerSecurityContext,
+    LinuxPodSandboxConfig, Mount,
+};
+use mayu_e2e::cri::{Cri, Pod, container};
+use mayu_e2e::shim::eventually;
+use mayu_e2e::{BUSYBOX, Outcome};
 
 /// A pod like any other.
+#[track_caller]
 fn pod() -> Pod {
     Cri::connect(&[BUSYBOX]).run_pod(LinuxPodSandboxConfig::default()).unwrap()
 }
 
+/// A container of busybox that does nothing, to be changed before it is created.
+fn sleeping(name: &str) -> ContainerConfig {
+    container(name, BUSYBOX, &["sleep", "infinity"])
+}
+
 /// A container of busybox that does nothing.
+#[track_caller]
 fn idle(pod: &mut Pod, name: &str) -> String {
-    pod.run(name, BUSYBOX, &["sleep", "infinity"]).unwrap()
+    pod.run_container(sleeping(name)).unwrap()
+}
+
+/// A container of busybox that runs a script.
+fn running(name: &str, script: &str) -> ContainerConfig {
+    container(name, BUSYBOX, &["sh", "-c", script])
+}
+
+/// A container of busybox that does nothing, with a security context.
+fn secured(name: &str, security: LinuxContainerSecurityContext) -> ContainerConfig {
+    let linux = LinuxContainerConfig { security_context: Some(security), ..Default::default() };
+    ContainerConfig { linux: Some(linux), ..sleeping(name) }
+}
+
+/// A path of the host in a container, where it may write.
+fn mount(host: &Path, inside: &str) -> Mount {
+    let host_path = host.display().to_string();
+    Mount { container_path: inside.into(), host_path, ..Default::default() }
+}
+
+/// What became of a script in a container.
+#[track_caller]
+fn outcome(pod: &mut Pod, container: &str, script: &str) -> Outcome {
+    pod.outcome(container, script, 0).unwrap()
 }
 
 /// What a script writes in a container, where it succeeds.
 #[track_caller]
 fn script(pod: &mut Pod, container: &str, script: &str) -> String {
-    let (code, text) = pod.exec(container, script).unwrap();
-    assert_eq!(code, 0, "{text}");
-    text
+    outcome(pod, container, script).success().text()
+}
+
+/// What a script complains of in a container, where it fails.
+#[track_caller]
+fn failing(pod: &mut Pod, container: &str, script: &str) -> String {
+    outcome(pod, container, script).failure()
+}
+
+/// The status of a container that ends by itself, or is ending, when it has.
+#[track_caller]
+fn exited(pod: &mut Pod, container: &str) -> ContainerStatus {
+    eventually("the container has exited", || {
+        pod.status(container).unwrap().state() == ContainerState::ContainerExited
+    });
+    pod.status(container).unwrap()
+}
+
+/// Waits until a container has written something.
+#[track_caller]
+fn wait_for_output(pod: &Pod, name: &str, text: &str) {
+    eventually(&format!("{name} writes {text}"), || pod.log(name).contains(text));
 }
