@@ -54,6 +54,11 @@ pub enum Error {
         /// Kubernetes' name of the wish.
         field: &'static str,
     },
+    /// A pod that wants its users to be others on the host.
+    #[error(
+        "hostUsers: false: containers in a VM have no user namespace; the VM itself keeps their users apart from the host's"
+    )]
+    UserNamespace,
     /// An annotation of the pod that cannot be heeded.
     #[error("annotation {name}: {reason}")]
     Annotation {
@@ -296,6 +301,7 @@ impl Error {
             | Self::MountSource { .. }
             | Self::InvalidArgument(_)
             | Self::HostNamespace { .. }
+            | Self::UserNamespace
             | Self::Annotation { .. }
             | Self::Device { .. }
             | Self::OpenStdio { .. } => Code::INVALID_ARGUMENT,

@@ -24,6 +24,7 @@ pub mod hooks;
 pub mod id;
 pub mod info;
 pub mod log;
+mod mount_attr;
 pub mod network;
 pub mod pidfd;
 pub mod pod;

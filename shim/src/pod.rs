@@ -233,10 +233,13 @@ impl Pod {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for limits that cannot be read, or what the VM or the agent cannot do.
-    pub async fn update(&self, container: &Container, request: UpdateTaskRequest) -> Result<()> {
+    pub async fn update(&self, container: &Container, mut request: UpdateTaskRequest) -> Result<()> {
         let sandbox = self.running_sandbox()?;
-        let resources = serde_json::from_slice(&request.resources.value)
-            .map_err(|error| Error::InvalidArgument(format!("resources: {error}")))?;
+        let malformed = |error: serde_json::Error| Error::InvalidArgument(format!("resources: {error}"));
+        let mut resources = serde_json::from_slice(&request.resources.value).map_err(malformed)?;
+        spec::drop_huge_pages(&mut resources)?;
+        request.resources.mut_or_insert_default().value =
+            serde_json::to_vec(&resources).map_err(malformed)?;
         let (before, needed) = (container.limits(), self.limits());
         container.set_limits(before.updated(&resources));
         let update = async {

@@ -217,7 +217,7 @@ impl Limits {
 /// Refuses a container that wants what a VM cannot share with its host. A namespace that is not named is the host's.
 ///
 /// # Errors
-/// [`Error::HostNamespace`].
+/// [`Error::HostNamespace`] or [`Error::UserNamespace`].
 pub fn refuse_host_namespaces(spec: &Spec) -> Result<()> {
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     let named = |kind| namespaces.is_some_and(|all| all.iter().any(|namespace| namespace.typ() == kind));
@@ -229,6 +229,9 @@ pub fn refuse_host_namespaces(spec: &Spec) -> Result<()> {
         if !named(kind) {
             return Err(Error::HostNamespace { what, field });
         }
+    }
+    if named(LinuxNamespaceType::User) {
+        return Err(Error::UserNamespace);
     }
     Ok(())
 }
@@ -242,6 +245,11 @@ fn refuse_host_options(options: &NamespaceOption) -> Result<()> {
         if mode.enum_value() == Ok(NamespaceMode::NODE) {
             return Err(Error::HostNamespace { what, field });
         }
+    }
+    // Not the host's is the pod's own.
+    if options.userns_options.as_ref().is_some_and(|users| users.mode.enum_value() == Ok(NamespaceMode::POD))
+    {
+        return Err(Error::UserNamespace);
     }
     Ok(())
 }
@@ -343,6 +351,19 @@ mod tests {
             let message = PodSpec::from_request(&request(&config)).unwrap_err().to_string();
             assert!(message.contains(field), "{message}");
         }
+    }
+
+    #[test]
+    fn a_user_namespace_is_refused() {
+        let spec = spec(
+            json!({"ociVersion": "1.1.0", "linux": {"namespaces": namespaces(&["pid", "ipc", "network", "user"])}}),
+        );
+        let message = PodSpec::from_oci(&spec).unwrap_err().to_string();
+        assert!(message.contains("hostUsers") && message.contains("user namespace"), "{message}");
+        let mut config = PodSandboxConfig::new();
+        let options = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+        options.namespace_options.mut_or_insert_default().userns_options.mut_or_insert_default();
+        assert!(matches!(PodSpec::from_request(&request(&config)), Err(Error::UserNamespace)));
     }
 
     #[test]

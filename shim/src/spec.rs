@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use mayu_agent_api::SHARE_DIR;
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Mount, Process, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Spec};
 use slog::{Logger, info};
 
 use crate::container::{PidNamespace, Role};
@@ -35,8 +35,21 @@ pub struct Bind {
     pub destination: PathBuf,
     /// With everything mounted below it.
     pub recursive: bool,
-    /// The guest must not write to it.
-    pub read_only: bool,
+    /// What of it the guest must not write to.
+    pub read_only: ReadOnly,
+    /// What the host mounts below the source later appears below the bind as well.
+    pub follows: bool,
+}
+
+/// How much of a bind mount may not be written to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadOnly {
+    /// Nothing of it.
+    No,
+    /// What is mounted directly there.
+    Itself,
+    /// That, and everything mounted below.
+    AllBelow,
 }
 
 /// A file system in the guest's memory, which the pod's containers share.
@@ -149,7 +162,7 @@ pub fn for_guest(mut spec: Spec, origin: Origin<'_>, log: &Logger) -> Result<Gue
     rewrite_process(spec.process_mut().as_mut().ok_or_else(|| missing("process"))?, log);
     add_files(&mut spec, origin.files, read_only);
     let volumes = mounts::replace_volumes(&mut spec);
-    let binds = mounts::rewrite_binds(&mut spec, &base);
+    let binds = mounts::rewrite_binds(&mut spec, &base)?;
     let devices = rewrite_linux(&mut spec, origin, log)?;
     keep_annotations_of_clients_out(&mut spec);
     let hooks = ContainerHooks::take(&mut spec, origin.id, origin.bundle, log);
@@ -206,10 +219,29 @@ fn rewrite_linux(spec: &mut Spec, origin: Origin<'_>, log: &Logger) -> Result<Ve
     linux.set_mount_label(None);
     linux.set_intel_rdt(None);
     let devices = devices::select(linux, log)?;
+    if let Some(resources) = linux.resources_mut() {
+        drop_huge_pages(resources)?;
+    }
     if !own_hostname {
         spec.set_hostname(None);
     }
     Ok(devices)
+}
+
+/// A kubelet limits huge pages of every size that the host has, to none where the pod asks for none. The guest has none at all.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for a pod that asks for some.
+pub fn drop_huge_pages(resources: &mut LinuxResources) -> Result<()> {
+    let wanted = resources.hugepage_limits().iter().flatten().find(|limit| limit.limit() > 0);
+    if let Some(limit) = wanted {
+        return Err(Error::InvalidArgument(format!(
+            "huge pages of {}: the guest has none to give; use memory without them",
+            limit.page_size()
+        )));
+    }
+    resources.set_hugepage_limits(None);
+    Ok(())
 }
 
 /// The guest's network is the pod's, so every container shares it. A path names the namespace of another process of the
@@ -343,10 +375,14 @@ mod tests {
             destination: destination.into(),
             recursive,
             read_only,
+            follows: false,
         };
         assert_eq!(
             guest.binds,
-            [bind("/srv/data", "/data", true, false), bind("/var/hosts", "/etc/hosts", false, true)]
+            [
+                bind("/srv/data", "/data", true, ReadOnly::No),
+                bind("/var/hosts", "/etc/hosts", false, ReadOnly::Itself)
+            ]
         );
     }
 
@@ -381,6 +417,21 @@ mod tests {
         assert_eq!(guest.spec.hooks(), &None);
         let process = guest.spec.process().as_ref().unwrap();
         assert_eq!((process.apparmor_profile(), process.selinux_label()), (&None, &None));
+    }
+
+    #[test]
+    fn huge_pages_are_refused_where_there_are_to_be_some() {
+        let limits = |limit| {
+            let resources = json!({"hugepageLimits": [
+                {"pageSize": "1GB", "limit": 0}, {"pageSize": "2MB", "limit": limit},
+            ]});
+            rewrite(minimal(&json!({"resources": resources}), &json!([])))
+        };
+        let guest = limits(0).unwrap();
+        let resources = guest.spec.linux().as_ref().unwrap().resources().clone().unwrap();
+        assert_eq!(resources.hugepage_limits(), &None);
+        let message = limits(2 << 20).unwrap_err().to_string();
+        assert!(message.contains("huge pages of 2MB"), "{message}");
     }
 
     #[test]

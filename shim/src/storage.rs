@@ -1,16 +1,19 @@
 //! A container's root filesystem and bind mounts, on the pod's share.
 
 use std::fs::{self, OpenOptions};
+use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::thread;
 
 use containerd_shim::mount::mount_rootfs;
 use containerd_shim_protos::types::mount::Mount;
 use nix::mount::{MsFlags, mount};
-use nix::sys::statvfs::{FsFlags, statvfs};
+use rustix::fs::CWD;
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use crate::error::file;
-use crate::spec::Bind;
+use crate::mount_attr::{Depth, Propagation, set_propagation, set_read_only};
+use crate::spec::{Bind, ReadOnly};
 use crate::state_dir::{StateDir, unmount_below};
 use crate::{Error, Result};
 
@@ -71,7 +74,7 @@ pub fn detach(dir: &StateDir, container_id: &str) -> Result<()> {
     unmount_below(&dir.share().join(container_id))?;
     let tree = dir.tree().join(container_id);
     match fs::remove_dir_all(&tree) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(file("remove", tree)(error)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(file("remove", tree)(error)),
         _ => Ok(()),
     }
 }
@@ -111,18 +114,28 @@ fn attach_bind(bind: &Bind, tree: &Path, share: &Path, name: &str) -> Result<()>
         source,
     };
     let point = tree.join(name);
-    if fs::metadata(&bind.source).map_err(unusable)?.is_dir() {
+    if fs::metadata(&bind.source).map_err(&unusable)?.is_dir() {
         fs::create_dir(&point).map_err(file("create", &point))?;
     } else {
         OpenOptions::new().write(true).create_new(true).open(&point).map_err(file("create", &point))?;
     }
-    let target = share.join(name);
-    let recursion = if bind.recursive { MsFlags::MS_REC } else { MsFlags::empty() };
-    let flags = MsFlags::MS_BIND | recursion;
-    mount(Some(&bind.source), &target, None::<&str>, flags, None::<&str>)
-        .map_err(|errno| unusable(errno.into()))?;
-    cut_off(&target)?;
-    if bind.read_only { make_read_only(&target) } else { Ok(()) }
+    bind_mount(bind, &share.join(name)).map_err(unusable)
+}
+
+/// Clones what is mounted at the source, restricts it, and puts it in place. The VMM gets a copy of the mount as it is at
+/// that moment, so nothing may be left to be changed afterwards.
+fn bind_mount(bind: &Bind, target: &Path) -> io::Result<()> {
+    let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let depth = if bind.recursive { OpenTreeFlags::AT_RECURSIVE } else { OpenTreeFlags::empty() };
+    let tree = open_tree(CWD, &bind.source, clone | depth)?;
+    let propagation = if bind.follows { Propagation::FromSource } else { Propagation::None };
+    set_propagation(&tree, propagation)?;
+    match bind.read_only {
+        ReadOnly::No => {}
+        ReadOnly::Itself => set_read_only(&tree, Depth::Itself)?,
+        ReadOnly::AllBelow => set_read_only(&tree, Depth::AllBelow)?,
+    }
+    Ok(move_mount(&tree, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
 
 /// Later mounts on the source still arrive; unmounting here no longer unmounts there.
@@ -133,24 +146,6 @@ fn cut_off(target: &Path) -> Result<()> {
         target: target.into(),
         reason: errno.desc().into(),
     })
-}
-
-/// A remount states all flags anew, so those that restrict are read first and kept.
-fn make_read_only(target: &Path) -> Result<()> {
-    let failed = |errno: nix::Error| Error::Mount {
-        what: "read-only".into(),
-        target: target.into(),
-        reason: errno.desc().into(),
-    };
-    let present = statvfs(target).map_err(failed)?.flags();
-    let kept = [
-        (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
-        (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
-        (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
-    ];
-    let kept = kept.into_iter().filter(|(flag, _)| present.contains(*flag)).map(|(_, flag)| flag);
-    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | kept.collect();
-    mount(None::<&str>, target, None::<&str>, flags, None::<&str>).map_err(failed)
 }
 
 #[cfg(test)]
@@ -187,7 +182,8 @@ mod tests {
     }
 
     fn bind(source: PathBuf, read_only: bool) -> Bind {
-        Bind { source, destination: "/data".into(), recursive: true, read_only }
+        let read_only = if read_only { ReadOnly::Itself } else { ReadOnly::No };
+        Bind { source, destination: "/data".into(), recursive: true, read_only, follows: false }
     }
 
     #[test]

@@ -8,7 +8,8 @@ use mayu_agent_api::VOLUME_DIR;
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use rustix::fs::{StatFs, statfs};
 
-use super::{Bind, Volume};
+use super::{Bind, ReadOnly, Volume};
+use crate::{Error, Result};
 
 /// The file system type of tmpfs in statfs(2).
 const TMPFS_MAGIC: u64 = 0x0102_1994;
@@ -23,7 +24,10 @@ const SHM_SIZE: u64 = 64 << 20;
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
 
 /// Points every bind mount at its place under the share, and says what has to be bound there.
-pub(super) fn rewrite_binds(spec: &mut Spec, base: &Path) -> Vec<Bind> {
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for a mount whose own mounts are to appear on the host.
+pub(super) fn rewrite_binds(spec: &mut Spec, base: &Path) -> Result<Vec<Bind>> {
     let mut binds = Vec::new();
     for mount in spec.mounts_mut().iter_mut().flatten() {
         let Some(source) = bind_source(mount) else {
@@ -37,10 +41,26 @@ pub(super) fn rewrite_binds(spec: &mut Spec, base: &Path) -> Vec<Bind> {
             source,
             destination: mount.destination().clone(),
             recursive: has(mount, "rbind"),
-            read_only: has(mount, "ro") || has(mount, "rro"),
+            read_only: match (has(mount, "rro"), has(mount, "ro")) {
+                (true, _) => ReadOnly::AllBelow,
+                (false, true) => ReadOnly::Itself,
+                (false, false) => ReadOnly::No,
+            },
+            follows: follows_host(mount)?,
         });
     }
-    binds
+    Ok(binds)
+}
+
+/// Whether what the host mounts below the source later appears in the container as well (mount_namespaces(7)).
+fn follows_host(mount: &Mount) -> Result<bool> {
+    if has(mount, "rshared") || has(mount, "shared") {
+        return Err(Error::InvalidArgument(format!(
+            "mount on {}: mounts made inside a VM cannot appear on the host (mountPropagation: Bidirectional)",
+            mount.destination().display()
+        )));
+    }
+    Ok(has(mount, "rslave") || has(mount, "slave"))
 }
 
 /// Takes from the host's memory what is meant to be memory of the pod: its `/dev/shm`, where its containers share that, and
@@ -55,7 +75,7 @@ pub(super) fn replace_volumes(spec: &mut Spec) -> Vec<Volume> {
             bind_source(mount).and_then(|source| memory_volume(&source))
         };
         if let Some(volume) = volume {
-            let access = if has(mount, "ro") { "ro" } else { "rw" };
+            let access = if is_read_only(mount) { "ro" } else { "rw" };
             let options = ["rbind", "rprivate", "nosuid", "nodev", access].map(str::to_owned);
             mount
                 .set_typ(Some("bind".into()))
@@ -65,6 +85,10 @@ pub(super) fn replace_volumes(spec: &mut Spec) -> Vec<Volume> {
         }
     }
     volumes
+}
+
+fn is_read_only(mount: &Mount) -> bool {
+    has(mount, "ro") || has(mount, "rro")
 }
 
 fn has(mount: &Mount, option: &str) -> bool {
@@ -153,7 +177,7 @@ mod tests {
         let volumes = replace_volumes(&mut shared);
         let expected = Volume { name: "shm".into(), size: 128 << 20, mode: 0o1777, uid: 0, gid: 0 };
         assert_eq!(volumes, [expected]);
-        assert!(rewrite_binds(&mut shared, Path::new("/share")).is_empty());
+        assert!(rewrite_binds(&mut shared, Path::new("/share")).unwrap().is_empty());
         let source = shared.mounts().as_ref().unwrap()[0].source().clone().unwrap();
         assert_eq!(source, Path::new(VOLUME_DIR).join("shm"));
 
@@ -180,6 +204,19 @@ mod tests {
             Volume { name: "empty-dir-cache".into(), size: 1 << 20, mode: 0o2770, uid: 0, gid: 2000 };
         assert_eq!(volume, Some(expected));
         assert_eq!(elsewhere, None);
+    }
+
+    #[test]
+    fn mounts_of_the_host_follow_where_the_mount_says_so_and_never_the_other_way() {
+        let table =
+            [("rprivate", Some(false)), ("rslave", Some(true)), ("rw", Some(false)), ("rshared", None)];
+        for (option, expected) in table {
+            let mount = json!({
+                "destination": "/data", "type": "bind", "source": "/srv", "options": ["rbind", option],
+            });
+            let binds = rewrite_binds(&mut spec(&json!({"type": "ipc"}), &mount), Path::new("/share"));
+            assert_eq!(binds.ok().map(|binds| binds[0].follows), expected, "{option}");
+        }
     }
 
     #[test]
