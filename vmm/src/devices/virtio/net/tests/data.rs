@@ -23,7 +23,7 @@ fn packets_go_out_as_the_driver_made_them() {
         let table = port.driver.alloc_table(&link(&chain, 0, 256));
         for chain in [chain, vec![Descriptor::indirect(table, len(&vec![0; cut.len()]))]] {
             let head = port.driver.queues[1].add(&chain);
-            port.driver.kick(TX);
+            port.kick(TX);
             assert_eq!(port.arrived(), packet, "{cut:?}");
             port.wait(TX, 1);
             assert_eq!(port.driver.queues[1].used(), [Used { head: u32::from(head), length: 0 }]);
@@ -37,7 +37,7 @@ fn packets_go_out_as_the_driver_made_them() {
 fn a_packet_comes_in_one_buffer_if_it_fits() {
     let mut port = Port::new(MERGEABLE);
     port.post(2, 1526);
-    port.driver.kick(RX);
+    port.kick(RX);
     let sent = frame(1, 1514);
     port.deliver(&sent);
     assert_eq!(port.receive(), (sent, 1));
@@ -49,7 +49,7 @@ fn a_packet_comes_in_one_buffer_if_it_fits() {
 fn a_packet_takes_as_many_buffers_as_it_needs_and_no_more() {
     let mut port = Port::new(MERGEABLE);
     port.post(100, 1000);
-    port.driver.kick(RX);
+    port.kick(RX);
     for (number, (length, buffers)) in
         [(988, 1), (989, 2), (2988, 3), (60, 1), (9000, 10), (65535 + 14, 66)].into_iter().enumerate()
     {
@@ -57,7 +57,7 @@ fn a_packet_takes_as_many_buffers_as_it_needs_and_no_more() {
         port.deliver(&sent);
         assert_eq!(port.receive(), (sent, buffers), "{length}");
         port.post(usize::from(buffers), 1000);
-        port.driver.kick(RX);
+        port.kick(RX);
     }
     assert_eq!(port.errors(), 0);
 }
@@ -81,7 +81,7 @@ fn buffers_may_be_of_any_size_and_cut_anyhow() {
     for lengths in [&[7, 0, 6, 100][..], &[13], &[0, 1000, 0], &[70_000]] {
         port.driver.queues[0].add(&chain(lengths));
     }
-    port.driver.kick(RX);
+    port.kick(RX);
     let sent = frame(5, 2000);
     port.deliver(&sent);
     port.wait(RX, 1);
@@ -99,7 +99,7 @@ fn the_longest_packet_goes_both_ways() {
     port.send(&sent);
     assert_eq!(port.arrived()[HEADER_SIZE..], sent);
     port.post(17, 4096);
-    port.driver.kick(RX);
+    port.kick(RX);
     port.deliver(&sent);
     assert_eq!(port.receive(), (sent, 17));
 }
@@ -109,7 +109,7 @@ fn a_driver_that_does_not_merge_buffers_gets_each_packet_in_one() {
     for length in [1526, 65562] {
         let mut port = Port::new(0);
         port.post(3, length);
-        port.driver.kick(RX);
+        port.kick(RX);
         for number in 0..2 {
             let sent = frame(number, 1514);
             port.deliver(&sent);
@@ -133,7 +133,7 @@ fn flags_reach_only_a_driver_that_knows_them() {
         // Into the buffers, and by way of the device's own memory.
         for buffers in [1, 50] {
             port.post(buffers, 2000);
-            port.driver.kick(RX);
+            port.kick(RX);
             port.host
                 .write_all(&[&[2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0][..], &frame(1, 60)].concat())
                 .unwrap();
@@ -153,12 +153,12 @@ fn packets_wait_in_the_host_until_there_are_buffers() {
             port.deliver(frame);
         }
         port.post(1, 1526);
-        port.driver.kick(RX);
+        port.kick(RX);
         for (number, frame) in frames.iter().enumerate() {
             assert_eq!(port.receive(), (frame.clone(), 1), "{number}");
             // The device asks for a kick once it has run out of buffers, and needs no more than that.
             port.post(1, 1526);
-            port.driver.kick(RX);
+            port.kick(RX);
         }
         assert_eq!(port.errors(), 0);
         port.fence();
@@ -167,34 +167,32 @@ fn packets_wait_in_the_host_until_there_are_buffers() {
 
 #[test]
 fn a_packet_that_was_read_too_early_is_held_until_it_fits() {
-    let mut port = Port::new(MERGEABLE);
-    let (large, small) = (frame(1, 30_000), frame(2, 60));
-    port.post(2, 1526);
-    port.driver.kick(RX);
-    port.deliver(&large);
-    port.deliver(&small);
-    for _ in 0..8 {
-        port.fence();
-        assert_eq!(port.driver.queues[0].pending(), 0);
+    for features in [MERGEABLE, MERGEABLE | EVENT_IDX] {
+        let mut port = Port::new(features);
+        let (large, small) = (frame(1, 30_000), frame(2, 60));
+        port.deliver(&large);
+        port.deliver(&small);
+        for _ in 0..9 {
+            port.post(2, 1526);
+            port.kick(RX);
+            port.fence();
+            assert_eq!(port.driver.queues[0].pending(), 0);
+        }
         port.post(2, 1526);
-        port.driver.kick(RX);
+        port.kick(RX);
+        assert_eq!(port.receive(), (large, 20));
+        port.post(1, 1526);
+        port.kick(RX);
+        assert_eq!(port.receive(), (small, 1));
+        assert_eq!(port.errors(), 0);
     }
-    port.post(2, 1526);
-    port.driver.kick(RX);
-    port.post(2, 1526);
-    port.driver.kick(RX);
-    assert_eq!(port.receive(), (large, 20));
-    port.post(1, 1526);
-    port.driver.kick(RX);
-    assert_eq!(port.receive(), (small, 1));
-    assert_eq!(port.errors(), 0);
 }
 
 #[test]
 fn a_packet_that_the_whole_queue_has_no_room_for_is_dropped() {
     let mut port = Port::new(MERGEABLE);
     port.post(256, 100);
-    port.driver.kick(RX);
+    port.kick(RX);
     port.deliver(&frame(1, 25_600));
     let fits = frame(2, 25_600 - HEADER_SIZE);
     port.deliver(&fits);
@@ -207,14 +205,14 @@ fn thousands_of_packets_go_both_ways_in_order() {
     for features in [MERGEABLE, MERGEABLE | EVENT_IDX] {
         let mut port = Port::new(features);
         port.post(100, 700);
-        port.driver.kick(RX);
+        port.kick(RX);
         let (mut sent, mut arrived, mut delivered, mut received) = (0, 0, 0, 0);
         while received < 3000 || arrived < 3000 {
             while sent < 3000 && sent - arrived < 100 {
                 port.add(&frame(sent, 60 + sent % 1000));
                 sent += 1;
             }
-            port.driver.kick(TX);
+            port.kick(TX);
             while delivered < 3000 && delivered - received < 40 {
                 port.deliver(&frame(delivered, 60 + delivered % 1200));
                 delivered += 1;
@@ -231,7 +229,7 @@ fn thousands_of_packets_go_both_ways_in_order() {
                 received += 1;
                 port.post(usize::from(buffers), 700);
             }
-            port.driver.kick(RX);
+            port.kick(RX);
         }
         assert_eq!(port.errors(), 0);
     }
@@ -246,10 +244,10 @@ fn a_wire_that_takes_no_more_holds_the_packets_and_stops_nothing_else() {
         for frame in &frames {
             port.add(frame);
         }
-        port.driver.kick(TX);
+        port.kick(TX);
         // The other direction goes on.
         port.post(3, 1526);
-        port.driver.kick(RX);
+        port.kick(RX);
         let incoming = frame(100, 1000);
         port.deliver(&incoming);
         assert_eq!(port.receive(), (incoming, 1));
@@ -289,7 +287,7 @@ fn a_driver_says_with_event_indices_when_it_wants_an_interrupt() {
     port.post(40, 1526);
     port.driver.queues[0].set_used_event(9);
     port.driver.queues[1].set_used_event(100);
-    port.driver.kick(RX);
+    port.kick(RX);
     port.driver.run();
     port.driver.interrupts = 0;
     for number in 0..9 {
@@ -310,7 +308,7 @@ fn a_driver_without_event_indices_is_asked_for_kicks_only_when_they_matter() {
     let mut port = Port::new(MERGEABLE);
     let flags = |port: &Port, queue: usize| port.driver.read(port.driver.queues[queue].used_ring, 1)[0];
     port.post(64, 1526);
-    port.driver.kick(RX);
+    port.kick(RX);
     port.deliver(&frame(1, 100));
     port.receive();
     port.fence();

@@ -132,7 +132,7 @@ fn port(test: &str, features: u64) -> Option<Port> {
     }
     let tap = open_tap(TAP_FLAGS);
     let mut port = Port::unplugged();
-    port.driver.start(features);
+    port.start(features);
     port.slot.attach(tap).unwrap();
     set_up(true);
     port.host = packet_socket();
@@ -210,7 +210,7 @@ fn what_is_no_tap_is_refused_with_the_reason() {
     let tun = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
     let (socket, _) = cable();
     let mut port = Port::unplugged();
-    port.driver.start(MERGEABLE);
+    port.start(MERGEABLE);
     let mut refuse = |file: File, reason: &str| {
         let refusal = port.slot.attach(file).unwrap_err().to_string();
         assert!(refusal.contains(reason), "{refusal:?} does not say {reason:?}");
@@ -236,7 +236,7 @@ fn no_privilege_is_needed_to_use_a_tap_that_was_handed_over() {
     let none = CapabilitySet::empty();
     set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none }).unwrap();
     let mut port = Port::unplugged();
-    port.driver.start(FEATURES);
+    port.start(FEATURES);
     port.slot.attach(tap).unwrap();
     port.host = host;
     let sent = ethernet(1, 100);
@@ -248,7 +248,7 @@ fn no_privilege_is_needed_to_use_a_tap_that_was_handed_over() {
 fn packets_go_through_a_real_interface() {
     let Some(mut port) = port("packets_go_through_a_real_interface", MERGEABLE | EVENT_IDX) else { return };
     port.post(200, 1526);
-    port.driver.kick(RX);
+    port.kick(RX);
     for number in 0..100 {
         let sent = ethernet(number, 60 + 14 * number);
         port.send(&sent);
@@ -270,7 +270,7 @@ fn a_driver_that_takes_large_segments_gets_them_whole() {
         return;
     };
     port.post(60, 1526);
-    port.driver.kick(RX);
+    port.kick(RX);
     let segment = tcp(&frame(1, 60_000));
     port.host.write_all(&[tcp_header(1448), segment.clone()].concat()).unwrap();
     let packet = port.whole_packet();
@@ -288,7 +288,7 @@ fn a_driver_that_does_not_gets_what_fits_on_the_wire_with_its_checksum() {
         return;
     };
     port.post(60, 1526);
-    port.driver.kick(RX);
+    port.kick(RX);
     let data = frame(1, 20_000);
     port.host.write_all(&[tcp_header(1448), tcp(&data)].concat()).unwrap();
     let mut received: Vec<u8> = Vec::new();
@@ -306,9 +306,9 @@ fn a_driver_that_does_not_gets_what_fits_on_the_wire_with_its_checksum() {
 fn what_a_new_driver_takes_counts_after_a_reset() {
     let Some(mut port) = port("what_a_new_driver_takes_counts_after_a_reset", MERGEABLE) else { return };
     let offloads = 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_TSO4;
-    port.driver.start(MERGEABLE | offloads);
+    port.start(MERGEABLE | offloads);
     port.post(60, 1526);
-    port.driver.kick(RX);
+    port.kick(RX);
     let segment = tcp(&frame(1, 20_000));
     port.host.write_all(&[tcp_header(1448), segment.clone()].concat()).unwrap();
     assert_eq!(port.whole_packet().len(), HEADER_SIZE + segment.len());
@@ -327,9 +327,9 @@ fn what_was_meant_for_a_driver_that_is_gone_does_not_reach_the_next_one() {
     port.driver.write_register(VIRTIO_MMIO_STATUS, 0);
     port.host.write_all(&segment).unwrap();
     port.driver.transport.resume();
-    port.driver.start(MERGEABLE);
+    port.start(MERGEABLE);
     port.post(60, 1526);
-    port.driver.kick(RX);
+    port.kick(RX);
     let mut received: Vec<u8> = Vec::new();
     while received.len() < data.len() {
         let packet = port.whole_packet();
@@ -407,7 +407,7 @@ fn a_deleted_interface_takes_the_link_down_once_and_for_all() {
     assert!(failure.contains("cannot reach the host's network any more"), "{failure}");
     // What the guest still sends is dropped, and what it posts stays where it is.
     port.post(10, 1526);
-    port.driver.kick(RX);
+    port.kick(RX);
     for number in 0..100 {
         port.send_with(&[], &ethernet(number, 100));
     }
@@ -415,7 +415,7 @@ fn a_deleted_interface_takes_the_link_down_once_and_for_all() {
     assert!(port.driver.transport.health().take_failure().is_none(), "once is enough");
     assert_eq!((port.driver.status(), port.errors()), (RUNNING, 0));
     // A driver that starts again finds the link down; the slot is not free for another TAP.
-    port.driver.start(MERGEABLE);
+    port.start(MERGEABLE);
     assert!(!port.link_is_up());
     assert!(port.slot.attach(open_tap(TAP_FLAGS)).is_err());
 }
@@ -429,7 +429,7 @@ fn an_interface_that_was_deleted_before_the_driver_came_leaves_the_link_down() {
     let mut port = Port::unplugged();
     port.slot.attach(open_tap(TAP_FLAGS)).unwrap();
     delete_interface();
-    port.driver.start(MERGEABLE);
+    port.start(MERGEABLE);
     assert!(!port.link_is_up());
     assert_eq!(port.driver.take_interrupt(), CHANGED);
     port.driver.run_until(|driver| driver.events > 0);

@@ -62,7 +62,7 @@ fn what_is_no_buffer_is_given_back_and_the_packet_goes_into_the_next() {
     for (number, chain) in (1..).zip(&chains) {
         let head = port.driver.queues[0].add(chain);
         port.post(1, 2000);
-        port.driver.kick(RX);
+        port.kick(RX);
         let sent = frame(number, 100);
         port.deliver(&sent);
         port.wait(RX, 2);
@@ -80,7 +80,7 @@ fn a_broken_buffer_behind_good_ones_waits_for_its_turn() {
     port.post(2, 1000);
     let broken = port.driver.queues[0].add(&[Descriptor::writable(1 << 40, 1000)]);
     port.post(30, 1000);
-    port.driver.kick(RX);
+    port.kick(RX);
     // It fits before the broken one, and leaves one of the good ones.
     let small = frame(1, 500);
     port.deliver(&small);
@@ -109,7 +109,7 @@ fn buffers_too_many_for_one_call_cost_the_packet_and_nothing_else() {
     for _ in 0..20 {
         port.driver.queues[0].add(&[Descriptor::indirect(table, 200)]);
     }
-    port.driver.kick(RX);
+    port.kick(RX);
     port.deliver(&frame(1, 2600 * 5));
     port.deliver(&frame(2, 2600 * 5 - HEADER_SIZE));
     port.wait(RX, 1);
@@ -153,13 +153,13 @@ fn an_index_beyond_belief_or_a_head_outside_the_table_needs_a_reset() {
             port.driver.take_interrupt();
             spoil(&mut port, usize::from(queue));
             port.deliver(&frame(1, 100));
-            port.driver.kick(queue);
+            port.kick(queue);
             port.driver.run_until_broken();
             assert_eq!(port.driver.status(), RUNNING | NEEDS_RESET);
             assert_eq!(port.driver.take_interrupt(), CHANGED);
             let failure = port.driver.transport.health().take_failure().unwrap().to_string();
             assert!(failure.contains(&format!("virtio-net: queue {queue}")), "{failure}");
-            port.driver.start(MERGEABLE);
+            port.start(MERGEABLE);
             port.assert_works_in_the_end();
         }
     }
@@ -174,7 +174,7 @@ fn a_driver_with_half_a_device_has_that_half() {
     port.plug_in();
     port.deliver(&frame(1, 100));
     port.fence();
-    port.driver.kick(RX);
+    port.kick(RX);
     port.fence();
     assert_eq!((port.driver.status(), port.errors()), (RUNNING, 0));
 }
@@ -184,10 +184,10 @@ fn buffers_over_the_rings_may_spoil_them_but_no_more() {
     let mut port = Port::new(MERGEABLE);
     let queue = port.driver.queues[0].descriptor_table;
     port.driver.queues[0].add(&[Descriptor::writable(queue, 0x1_0000)]);
-    port.driver.kick(RX);
+    port.kick(RX);
     port.deliver(&frame(1, 60_000));
     // Whatever the device now makes of its rings, it takes a reset.
-    port.driver.start(MERGEABLE);
+    port.start(MERGEABLE);
     port.assert_works_in_the_end();
 }
 
@@ -226,8 +226,8 @@ proptest! {
         for length in packets {
             port.deliver(&frame(length, length));
         }
-        port.driver.kick(RX);
-        port.driver.kick(TX);
+        port.kick(RX);
+        port.kick(TX);
         let sent = heads[1].len() as u16;
         while port.driver.queues[1].pending() < sent {
             while readable(&port.host, 0) {
@@ -245,7 +245,7 @@ proptest! {
         while readable(&port.host, 0) {
             port.arrived();
         }
-        port.driver.start(features);
+        port.start(features);
         port.assert_works_in_the_end();
     }
 }

@@ -20,7 +20,7 @@ fn it_says_its_address_and_what_it_can_do() {
 #[test]
 fn the_link_comes_up_with_the_cable() {
     let mut port = Port::unplugged();
-    port.driver.start(MERGEABLE);
+    port.start(MERGEABLE);
     assert!(!port.link_is_up());
     assert_eq!(port.driver.take_interrupt(), 0);
     let generation = port.driver.read_register(VIRTIO_MMIO_CONFIG_GENERATION);
@@ -70,7 +70,7 @@ fn a_reset_driver_starts_again_on_the_same_cable() {
         port.assert_works();
         // A packet under way and a buffer that was not used do not come with it.
         port.post(1, 100);
-        port.driver.start(features);
+        port.start(features);
         assert!(port.link_is_up());
     }
     port.assert_works();
@@ -84,7 +84,7 @@ fn a_paused_device_does_nothing_and_goes_on_with_what_came_meanwhile() {
         port.driver.transport.pause();
         let (sent, received) = (frame(1, 100), frame(2, 100));
         port.post(1, 1526);
-        port.driver.kick(RX);
+        port.kick(RX);
         port.deliver(&received);
         port.send(&sent);
         port.driver.run();
@@ -122,7 +122,7 @@ fn a_restored_device_has_no_cable_until_it_is_given_one() {
     port.driver.run();
     port.driver.take_interrupt();
     port.post(2, 1526);
-    port.driver.kick(RX);
+    port.kick(RX);
     let mut port = moved(port);
     assert_eq!(port.driver.take_interrupt(), CHANGED);
     assert!(!port.link_is_up());
@@ -148,9 +148,9 @@ fn a_restored_device_has_no_cable_until_it_is_given_one() {
 #[test]
 fn a_device_that_never_had_a_cable_is_given_one_while_it_is_paused() {
     let mut port = Port::unplugged();
-    port.driver.start(MERGEABLE);
+    port.start(MERGEABLE);
     port.post(1, 1526);
-    port.driver.kick(RX);
+    port.kick(RX);
     let mut port = moved(port);
     assert_eq!(port.driver.take_interrupt(), 0, "nothing has changed");
     port.plug_in();
@@ -174,7 +174,7 @@ fn a_restored_device_does_not_look_into_its_queues_before_it_goes_on() {
     let (net, slot) = Net::new(3).unwrap();
     let (ours, theirs) = cable();
     slot.attach_tap(Tap::stand_in(theirs)).unwrap();
-    let mut port = Port { driver: port.driver.move_to(Box::new(net)), slot, host: ours, posted: port.posted };
+    let mut port = Port { driver: port.driver.move_to(Box::new(net)), slot, host: ours, ..port };
     let received = frame(2, 100);
     port.deliver(&received);
     port.driver.transport.restore(&state).unwrap();
@@ -188,13 +188,13 @@ fn a_restored_device_does_not_look_into_its_queues_before_it_goes_on() {
 fn a_held_packet_survives_a_pause() {
     let mut port = Port::new(MERGEABLE);
     port.post(1, 1526);
-    port.driver.kick(RX);
+    port.kick(RX);
     let large = frame(1, 5000);
     port.deliver(&large);
     port.fence();
     port.driver.transport.pause();
     port.post(3, 1526);
-    port.driver.kick(RX);
+    port.kick(RX);
     port.driver.transport.resume();
     assert_eq!(port.receive(), (large, 4));
 }
@@ -237,7 +237,7 @@ fn a_broken_queue_ends_the_thread_and_is_told_to_the_log() {
     let mut port = Port::new(MERGEABLE);
     port.driver.run();
     port.driver.queues[1].set_avail_index(1000);
-    port.driver.kick(TX);
+    port.kick(TX);
     // It is the event loop that has to be woken for the log, and not only the driver.
     port.driver.run_until(|driver| driver.events > 0);
     assert!(port.driver.transport.health().take_failure().is_some());

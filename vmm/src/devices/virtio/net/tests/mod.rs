@@ -37,6 +37,7 @@ struct Port {
     host: File,
     /// Where posted receive buffers lie, by the head of their chain.
     posted: Vec<(u16, u64)>,
+    features: u64,
 }
 
 /// Two connected sockets that keep the boundaries of packets and do not block.
@@ -59,7 +60,7 @@ impl Port {
     /// A device whose driver has accepted these features, with a cable.
     fn new(features: u64) -> Self {
         let mut port = Self::unplugged();
-        port.driver.start(features);
+        port.start(features);
         port.plug_in();
         port
     }
@@ -67,13 +68,28 @@ impl Port {
     /// A device without driver and without cable.
     fn unplugged() -> Self {
         let (net, slot) = Net::new(3).unwrap();
-        Self { driver: Driver::new(Box::new(net)), slot, host: tempfile::tempfile().unwrap(), posted: vec![] }
+        let host = tempfile::tempfile().unwrap();
+        Self { driver: Driver::new(Box::new(net)), slot, host, posted: vec![], features: 0 }
     }
 
     fn plug_in(&mut self) {
         let (ours, theirs) = cable();
         self.host = ours;
         self.slot.attach_tap(Tap::stand_in(theirs)).unwrap();
+    }
+
+    /// The driver starts, from reset to DRIVER_OK.
+    fn start(&mut self, features: u64) {
+        self.driver.start(features);
+        self.features = features;
+    }
+
+    /// Tells the device that a queue has new chains, if it wants to know.
+    fn kick(&mut self, queue: u16) {
+        let event_idx = self.features & EVENT_IDX != 0;
+        if self.driver.queues[usize::from(queue)].wants_kick(event_idx) {
+            self.driver.kick(queue);
+        }
     }
 
     /// Makes receive buffers available, without a kick.
@@ -131,7 +147,7 @@ impl Port {
 
     fn send(&mut self, frame: &[u8]) {
         self.add(frame);
-        self.driver.kick(TX);
+        self.kick(TX);
     }
 
     /// Waits for a packet at the host's end, and returns it with its header.
@@ -154,7 +170,7 @@ impl Port {
 
         let received = frame(2, 1000);
         self.post(1, 2000);
-        self.driver.kick(RX);
+        self.kick(RX);
         self.deliver(&received);
         assert_eq!(self.receive(), (received, 1));
     }
@@ -165,7 +181,7 @@ impl Port {
         let last = frame(2, 1000);
         self.deliver(&last);
         self.post(200, 2000);
-        self.driver.kick(RX);
+        self.kick(RX);
         while self.receive().0 != last {}
     }
 
