@@ -47,44 +47,29 @@ impl Request {
         scene
     }
 
-    /// Makes the request. An answer that does not come is nobody's fault here.
-    fn make(self, scene: &Scene) {
-        let cri = || Cri::connect(&[]);
-        let pod = || cri().adopt(scene.pod.as_ref().unwrap().id(), scene.config.clone());
-        let container_id = || scene.container.clone().unwrap();
-        match self {
-            Self::RunPodSandbox => {
-                // It is not to be removed when this is over, whatever came of it.
-                std::mem::forget(cri().run(scene.config.clone()));
-            }
-            Self::CreateContainer => {
-                let mut pod = pod();
-                let _ = pod.create(container("one", BUSYBOX, &["sleep", "infinity"]));
-                std::mem::forget(pod);
-            }
-            Self::StartContainer => {
-                let mut pod = pod();
-                let _ = pod.start(&container_id());
-                std::mem::forget(pod);
-            }
-            Self::StopPodSandbox => {
-                let mut pod = pod();
-                let _ = pod.stop();
-                std::mem::forget(pod);
-            }
-            Self::RemovePodSandbox => {
-                let mut pod = pod();
-                let _ = pod.remove();
-                std::mem::forget(pod);
-            }
+    /// Makes the request. An answer that does not come is nobody's fault here, and the pod is not to be removed when this is
+    /// over, whatever came of it.
+    fn make(self, cri: Cri, scene: &Scene) {
+        if self == Self::RunPodSandbox {
+            std::mem::forget(cri.run(scene.config.clone()));
+            return;
         }
+        let mut pod = cri.adopt(scene.pod.as_ref().unwrap().id(), scene.config.clone());
+        let _ = match self {
+            Self::CreateContainer => pod.create(container("one", BUSYBOX, &["sleep", "infinity"])).map(drop),
+            Self::StartContainer => pod.start(scene.container.as_ref().unwrap()),
+            Self::StopPodSandbox => pod.stop(),
+            Self::RunPodSandbox | Self::RemovePodSandbox => pod.remove(),
+        };
+        std::mem::forget(pod);
     }
 }
 
 fn time_it(request: Request) -> Duration {
     let mut scene = request.prepare();
+    let cri = Cri::connect(&[]);
     let started = Instant::now();
-    request.make(&scene);
+    request.make(cri, &scene);
     let took = started.elapsed();
     drop(scene.pod.take());
     remove_all(&scene.config);
@@ -103,8 +88,9 @@ fn killed_in(request: Request) {
     let took = time_it(request);
     let before = Traces::now();
     let scene = request.prepare();
+    let cri = Cri::connect(&[]);
     thread::scope(|scope| {
-        scope.spawn(|| request.make(&scene));
+        scope.spawn(|| request.make(cri, &scene));
         // Half way through, give or take.
         thread::sleep(took / 2);
         without_containerd(|| ());
