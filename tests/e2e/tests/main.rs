@@ -5,6 +5,7 @@
 mod basics;
 mod check;
 mod cleanup;
+mod conformance;
 mod cri;
 mod docker;
 mod exec;
@@ -13,6 +14,7 @@ mod files;
 mod input;
 mod isolation;
 mod lifecycle;
+mod network;
 mod process;
 mod programs;
 mod resources;
