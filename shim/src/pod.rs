@@ -59,6 +59,8 @@ struct PodState {
     /// Set where the pod was made with the Sandbox API.
     requested: Option<Arc<Requested>>,
     containers: HashMap<String, Arc<Container>>,
+    /// One of them has stood for the pod itself.
+    had_pod_container: bool,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -261,9 +263,15 @@ impl Pod {
         }
     }
 
-    /// Ends the shim if no container is left.
+    /// Ends the shim if no container is left, or what stood for the pod is gone: its client removes it last, and has
+    /// forgotten the others.
     pub async fn shutdown(&self) {
-        if !self.lock().containers.is_empty() {
+        let over = {
+            let state = self.lock();
+            let stands_for_pod = state.containers.values().any(|container| container.role == Role::Pod);
+            state.containers.is_empty() || (state.had_pod_container && !stands_for_pod)
+        };
+        if !over {
             return;
         }
         self.tear_down().await;

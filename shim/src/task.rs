@@ -115,7 +115,8 @@ impl Task for TaskService {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let container = self.pod.container(&request.id)?;
-        if container.role == Role::Pod || container.init.state() == State::Stopped {
+        let state = container.init.state();
+        if container.role == Role::Pod || matches!(state, State::Creating | State::Stopped) {
             // After a restart containerd takes a shim without processes for a leftover, and its exit code with it.
             let machine = ProcessInfo { pid: self.pod.pid(), ..Default::default() };
             return Ok(PidsResponse { processes: vec![machine], ..Default::default() });
@@ -266,6 +267,10 @@ fn shown_state(process: &Process, init: &Process) -> State {
 async fn kill(pod: Arc<Pod>, request: KillRequest) -> Result<Empty> {
     let container = pod.container(&request.id)?;
     let process = container.process(&request.exec_id)?;
+    if request.exec_id.is_empty() {
+        // A client that was restarted meanwhile may want to be rid of what it had asked for.
+        process.settled().await;
+    }
     match process.state() {
         State::Stopped | State::Deleting => return Err(Error::Finished),
         state @ (State::Creating | State::Created) if !request.exec_id.is_empty() => {
@@ -284,7 +289,6 @@ async fn kill(pod: Arc<Pod>, request: KillRequest) -> Result<Empty> {
 /// Ends what stands for the pod. The VM goes with its last container.
 async fn kill_pod(pod: &Arc<Pod>, process: &Process, signal: u32) -> Result<()> {
     let sandbox = pod.sandbox()?;
-    process.settled().await;
     if i32::try_from(signal).is_ok_and(|signal| DEADLY.contains(&signal)) {
         exits::publish(pod, &sandbox, process, 128 + signal);
     }

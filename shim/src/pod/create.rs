@@ -59,6 +59,7 @@ impl Pod {
         if state.containers.contains_key(&container.id) {
             return Err(Error::AlreadyExists { kind: "container", id: container.id.clone() });
         }
+        state.had_pod_container |= container.role == Role::Pod;
         state.containers.insert(container.id.clone(), container.clone());
         Ok(())
     }

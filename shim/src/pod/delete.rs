@@ -9,7 +9,7 @@ use super::Pod;
 use crate::Result;
 use crate::container::{Container, Role};
 use crate::hooks::Point;
-use crate::process::{Process, Step};
+use crate::process::{Process, State, Step};
 
 impl Pod {
     /// Deletes a stopped process; with an init process its container.
@@ -19,6 +19,10 @@ impl Pod {
     pub async fn delete(&self, container_id: &str, exec_id: &str) -> Result<DeleteResponse> {
         let container = self.container(container_id)?;
         let process = container.process(exec_id)?;
+        if process.state() == State::Creating {
+            // Its client was restarted meanwhile and does not want it any more.
+            process.settled().await;
+        }
         process.step(Step::Delete, "delete")?;
         if container.role == Role::Workload
             && let Err(error) = self.delete_in_guest(container_id, exec_id).await
