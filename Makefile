@@ -9,16 +9,18 @@
 #   make guest     the guest kernel and the guest image
 #   make lab       a shell in the lab (Ctrl-A X leaves)
 #   make install   install everything for this host's containerd (DESTDIR and PREFIX as usual)
+#   make uninstall remove it again; refuses while pods run (FORCE=yes does not)
 #   make clean     remove what was built in the tree (the cache stays: see MAYU_CACHE)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test check unit e2e bench guest lab install clean deps build payload lint fmt
+.PHONY: demo test check unit e2e bench guest lab install uninstall clean deps build payload lint fmt
 
 PROFILE ?= release
 PREFIX ?= /usr
 DESTDIR ?=
+FORCE ?=
 CONTAINERD ?= 2.1 1.7
 E2E ?=
 
@@ -42,6 +44,7 @@ lint check: deps
 
 unit: deps
 	cargo test --workspace --exclude mayu-e2e --locked
+	tests/packaging/run
 
 # The quicker build: behaviour is in question here, and `make bench` measures the real one.
 e2e lab: PROFILE := lab
@@ -68,7 +71,10 @@ guest: build
 	rootfs/build-image $(agent) > /dev/null
 
 install: build guest
-	scripts/install $(PROFILE) $(DESTDIR) $(PREFIX)
+	scripts/install $(PROFILE) "$(DESTDIR)" "$(PREFIX)"
+
+uninstall:
+	FORCE=$(FORCE) scripts/uninstall "$(DESTDIR)" "$(PREFIX)"
 
 deps:
 	@[[ -n "$${MAYU_SKIP_DEPS:-}" ]] || scripts/deps
