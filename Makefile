@@ -10,17 +10,19 @@
 #   make lab       a shell in the lab (Ctrl-A X leaves)
 #   make install   install everything for this host's containerd (DESTDIR and PREFIX as usual)
 #   make uninstall remove it again; refuses while pods run (FORCE=yes does not)
+#   make node-image  the image that installs mayu on the nodes of a Kubernetes cluster (IMAGE=<name>)
 #   make clean     remove what was built in the tree (the cache stays: see MAYU_CACHE)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test check unit e2e bench guest lab install uninstall clean deps build payload lint fmt
+.PHONY: demo test check unit e2e bench guest lab install uninstall node-image clean deps build payload lint fmt
 
 PROFILE ?= release
 PREFIX ?= /usr
 DESTDIR ?=
 FORCE ?=
+IMAGE ?= mayu-node:latest
 CONTAINERD ?= 2.1 1.7
 E2E ?=
 
@@ -75,6 +77,9 @@ install: build guest
 
 uninstall:
 	FORCE=$(FORCE) scripts/uninstall "$(DESTDIR)" "$(PREFIX)"
+
+node-image: build guest
+	scripts/node-image $(PROFILE) "$(IMAGE)"
 
 deps:
 	@[[ -n "$${MAYU_SKIP_DEPS:-}" ]] || scripts/deps
