@@ -23,7 +23,7 @@ PREFIX ?= /usr
 DESTDIR ?=
 FORCE ?=
 IMAGE ?= mayu-node:latest
-CONTAINERD ?= 2.1 1.7
+CONTAINERD ?= 1.7 2.1 2.1/sandbox
 E2E ?=
 
 export PATH := $(HOME)/.cargo/bin:$(PATH)

@@ -4,6 +4,7 @@ mod containerd;
 mod guest;
 mod host;
 mod kvm;
+mod network;
 mod probe;
 
 use std::io::Write;
@@ -74,6 +75,7 @@ pub fn run(args: &Args) -> ExitCode {
 fn gather(args: &Args) -> Vec<Fact> {
     let mut facts = kvm::facts();
     facts.extend(host::facts());
+    facts.push(network::fact());
     match load_config(args.config.as_deref()) {
         Ok(config) => {
             facts.push(Fact::good("configuration", "valid"));

@@ -70,19 +70,19 @@ pub(super) fn replace_volumes(spec: &mut Spec) -> Vec<Volume> {
     let mut volumes = Vec::new();
     for mount in spec.mounts_mut().iter_mut().flatten() {
         let volume = if shared_ipc && mount.destination() == Path::new(SHM) {
-            Some(shm(mount))
-        } else {
-            bind_source(mount).and_then(|source| memory_volume(&source))
-        };
-        if let Some(volume) = volume {
+            let volume = shm(mount);
             let access = if is_read_only(mount) { "ro" } else { "rw" };
-            let options = ["rbind", "rprivate", "nosuid", "nodev", access].map(str::to_owned);
-            mount
-                .set_typ(Some("bind".into()))
-                .set_source(Some(Path::new(VOLUME_DIR).join(&volume.name)))
-                .set_options(Some(options.to_vec()));
-            volumes.push(volume);
-        }
+            let options = ["rbind", "rprivate", "nosuid", "noexec", "nodev", access].map(str::to_owned);
+            // Those of a tmpfs would mean nothing to a bind mount.
+            mount.set_typ(Some("bind".into())).set_options(Some(options.to_vec()));
+            volume
+        } else if let Some(volume) = bind_source(mount).and_then(|source| memory_volume(&source)) {
+            volume
+        } else {
+            continue;
+        };
+        mount.set_source(Some(Path::new(VOLUME_DIR).join(&volume.name)));
+        volumes.push(volume);
     }
     volumes
 }

@@ -4,9 +4,11 @@ mod events;
 mod list;
 mod stream;
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
@@ -152,14 +154,19 @@ pub fn container(name: &str, image: &str, command: &[&str]) -> ContainerConfig {
 
 /// Has an image of the default namespace in CRI's as well.
 fn provide(image: &str) {
-    let there = run(&mut ctr(["-n", NAMESPACE, "images", "ls", "-q"])).success().text();
-    if there.lines().any(|line| line == image) {
+    static PROVIDED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let mut provided = PROVIDED.lock().unwrap_or_else(PoisonError::into_inner);
+    if provided.contains(image) {
         return;
     }
-    let archive = tempfile::NamedTempFile::new().expect("a temporary file");
-    let path = archive.path().to_str().expect("a path of text");
-    run(&mut ctr(["images", "export", path, image])).success();
-    run(&mut ctr(["-n", NAMESPACE, "images", "import", path])).success();
+    let there = run(&mut ctr(["-n", NAMESPACE, "images", "ls", "-q"])).success().text();
+    provided.extend(there.lines().map(str::to_owned));
+    if provided.insert(image.to_owned()) {
+        let archive = tempfile::NamedTempFile::new().expect("a temporary file");
+        let path = archive.path().to_str().expect("a path of text");
+        run(&mut ctr(["images", "export", path, image])).success();
+        run(&mut ctr(["-n", NAMESPACE, "images", "import", path])).success();
+    }
 }
 
 impl Pod {
