@@ -86,6 +86,12 @@ impl Cri {
         self.run_as(config, &handler())
     }
 
+    /// Whether containerd's CRI service has come up: after a restart it looks at every pod first.
+    pub fn serves(&mut self) -> bool {
+        let request = ListPodSandboxRequest::default();
+        self.runtime.block_on(self.client.list_pod_sandbox(request)).is_ok()
+    }
+
     /// The ids of all pods of the runtime under test.
     ///
     /// # Panics

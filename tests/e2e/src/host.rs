@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::cri::Cri;
 use crate::shim::eventually;
 use crate::{PATIENCE, ctr, run};
 
@@ -180,4 +181,5 @@ pub fn without_containerd(meanwhile: impl FnOnce()) {
     restart.arg("--fork").arg(program).args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     assert!(restart.status().expect("containerd's program and log").success());
     eventually("containerd is back", || run(&mut ctr(["version"])).code == 0);
+    eventually("its CRI service is back", || Cri::connect(&[]).serves());
 }
