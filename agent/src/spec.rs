@@ -125,6 +125,7 @@ pub fn adapt_spec(spec: &mut Spec, id: &str, terminal: bool) -> Result<Container
     let linux = spec.linux_mut().as_mut().ok_or_else(|| missing("linux"))?;
     refuse_user_namespace(linux)?;
     linux.set_cgroups_path(Some(Cgroup::spec_path(id)));
+    rename_propagation(linux);
     let seccomp = linux.seccomp().clone();
     linux.set_seccomp(None);
 
@@ -216,6 +217,15 @@ fn refuse_user_namespace(linux: &Linux) -> Result<()> {
     Ok(())
 }
 
+/// containerd names the propagation of a container's root as mount(8) does, with an `r` for all mounts below. libcontainer knows
+/// the names of the runtime spec alone, and always means all.
+fn rename_propagation(linux: &mut Linux) {
+    let name = linux.rootfs_propagation().as_deref().and_then(|name| name.strip_prefix('r'));
+    if let Some(name) = name.map(str::to_owned) {
+        linux.set_rootfs_propagation(Some(name));
+    }
+}
+
 fn check_mounts(spec: &Spec) -> Result<()> {
     for mount in spec.mounts().iter().flatten() {
         let mappings = [("uidMappings", mount.uid_mappings()), ("gidMappings", mount.gid_mappings())];
@@ -293,6 +303,18 @@ mod tests {
             Err(Error::InvalidSpec(reason)) => reason,
             Err(other) => panic!("{other}"),
             Ok(_) => panic!("accepted"),
+        }
+    }
+
+    #[test]
+    fn propagation_has_the_names_of_the_runtime_spec() {
+        let root = tempfile::tempdir().unwrap();
+        for (given, expected) in [("rslave", "slave"), ("rprivate", "private"), ("slave", "slave")] {
+            let mut document = document(root.path());
+            document["linux"]["rootfsPropagation"] = json!(given);
+            let (spec, _) = adapt(&document).unwrap();
+            let linux = spec.linux().as_ref().unwrap();
+            assert_eq!(linux.rootfs_propagation().as_deref(), Some(expected));
         }
     }
 

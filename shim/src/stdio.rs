@@ -63,14 +63,14 @@ impl From<&ExecProcessRequest> for Endpoints {
 }
 
 impl Endpoints {
-    /// Which streams there are.
+    /// Which streams there are. What a terminal shows is one stream: a stderr that is named beside it stays unused, as with runc.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a log URI of an unknown kind.
     pub fn present(&self) -> Result<Present> {
         let (stdout, stderr) = match Uri::parse(&self.stdout)? {
             Uri::Binary { .. } | Uri::File(_) => (true, !self.terminal),
-            Uri::Path => (!self.stdout.is_empty(), !self.stderr.is_empty()),
+            Uri::Path => (!self.stdout.is_empty(), !self.terminal && !self.stderr.is_empty()),
         };
         Ok(Present { stdin: !self.stdin.is_empty(), stdout, stderr })
     }
@@ -379,6 +379,9 @@ mod tests {
         assert_eq!(both("file:///log", false).present().unwrap(), present(false, true, true));
         assert_eq!(both("file:///log", true).present().unwrap(), present(false, true, false));
         assert_eq!(both("/fifo", false).present().unwrap(), present(false, true, false));
+        let stderr = |terminal| Endpoints { stderr: "/other".into(), ..both("/fifo", terminal) };
+        assert_eq!(stderr(false).present().unwrap(), present(false, true, true));
+        assert_eq!(stderr(true).present().unwrap(), present(false, true, false), "as CRI names it");
     }
 
     #[tokio::test]
