@@ -177,12 +177,12 @@ impl Config {
             let reason = format!("{memory_mib} is not between {MIN_MEMORY_MIB} and {MAX_MEMORY_MIB}");
             return Err(("memory_mib", reason));
         }
-        if !(vcpus..=MAX_VCPUS).contains(&max_vcpus) {
-            return Err(("max_vcpus", format!("{max_vcpus} is not between vcpus, {vcpus}, and {MAX_VCPUS}")));
+        // Less than a VM starts with means that it does not grow.
+        if !(1..=MAX_VCPUS).contains(&max_vcpus) {
+            return Err(("max_vcpus", format!("{max_vcpus} is not between 1 and {MAX_VCPUS}")));
         }
-        if !(memory_mib..=MAX_MEMORY_MIB).contains(&max_memory_mib) {
-            let reason =
-                format!("{max_memory_mib} is not between memory_mib, {memory_mib}, and {MAX_MEMORY_MIB}");
+        if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&max_memory_mib) {
+            let reason = format!("{max_memory_mib} is not between {MIN_MEMORY_MIB} and {MAX_MEMORY_MIB}");
             return Err(("max_memory_mib", reason));
         }
         if uid == 0 {
@@ -254,8 +254,8 @@ mod tests {
             ("[vm]\n\nmemory_mib = 63\n", ": line 3: ", "memory_mib: 63"),
             ("[vm]\nmemory_mib = 65537\n", ": line 2: ", "memory_mib: 65537"),
             ("[vm]\nvcpus = 33\n", ": line 2: ", "vcpus: 33"),
-            ("[vm]\nvcpus = 5\nmax_vcpus = 4\n", ": line 3: ", "max_vcpus: 4"),
-            ("[vm]\nmax_memory_mib = 255\n", ": line 2: ", "max_memory_mib: 255"),
+            ("[vm]\nvcpus = 5\nmax_vcpus = 33\n", ": line 3: ", "max_vcpus: 33"),
+            ("[vm]\nmax_memory_mib = 63\n", ": line 2: ", "max_memory_mib: 63"),
             ("[vm]\nuid = 0\n", ": line 2: ", "uid"),
             ("[vm]\nkernel = \"vmlinux\"\n", ": line 2: ", "kernel: vmlinux"),
             ("[timeouts]\nboot = 0\n", ": line 2: ", "boot"),
