@@ -43,7 +43,9 @@ fn pause() {
 }
 
 async fn start(reaper: &Arc<Reaper>) -> Pause {
-    start_program(env!("CARGO_BIN_EXE_mayu-agent"), reaper).await.unwrap()
+    // Elsewhere than where it was built, it is told where the agent is.
+    let program = std::env::var("MAYU_AGENT").unwrap_or_else(|_| env!("CARGO_BIN_EXE_mayu-agent").to_owned());
+    start_program(&program, reaper).await.unwrap()
 }
 
 async fn start_program(program: &str, reaper: &Arc<Reaper>) -> mayu_agent::Result<Pause> {
