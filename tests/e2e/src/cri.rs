@@ -134,6 +134,11 @@ pub fn pod_config(linux: LinuxPodSandboxConfig) -> PodSandboxConfig {
     }
 }
 
+/// Whether containerd drives the pods under test by the Sandbox API.
+pub fn by_sandbox_api() -> bool {
+    handler() != HANDLER
+}
+
 /// The handler under test.
 fn handler() -> String {
     std::env::var(HANDLER_VARIABLE).unwrap_or_else(|_| HANDLER.to_owned())

@@ -8,7 +8,7 @@ use k8s_cri::v1::{
     ContainerConfig, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
     PodSandboxConfig,
 };
-use mayu_e2e::cri::{Cri, container, pod_config};
+use mayu_e2e::cri::{Cri, by_sandbox_api, container, pod_config};
 use mayu_e2e::host::{Traces, processes_named};
 use mayu_e2e::image::Image;
 use mayu_e2e::{BUSYBOX, run};
@@ -29,6 +29,12 @@ fn a_pod_that_wants_the_namespaces_of_its_host_is_refused_and_leaves_nothing() {
         (NamespaceOption { pid: node, ..Default::default() }, "hostPID"),
         (NamespaceOption { ipc: node, ..Default::default() }, "hostIPC"),
     ] {
+        if field == "hostNetwork" && by_sandbox_api() {
+            // containerd 2.1 itself ends with a nil pointer before the shim hears of such a pod; what the shim would say is
+            // tested beside it.
+            eprintln!("SKIPPED: {field} with the Sandbox API: it kills containerd 2.1");
+            continue;
+        }
         let security = LinuxSandboxSecurityContext { namespace_options: Some(options), ..Default::default() };
         let linux = LinuxPodSandboxConfig { security_context: Some(security), ..Default::default() };
 
