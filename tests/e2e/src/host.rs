@@ -97,7 +97,7 @@ impl Traces {
         let mut files = BTreeSet::new();
         // Not /run/containerd/fifo: those are the client's, who keeps them when somebody else removes its task.
         for root in ["/run/mayu", "/run/containerd/s", "/run/containerd/io.containerd.runtime.v2.task"] {
-            collect(Path::new(root), &mut files, 3, &|_| true);
+            collect(Path::new(root), &mut files, 3, &|path| !is_hidden(path));
         }
         let mut cgroups = BTreeSet::new();
         collect(Path::new("/sys/fs/cgroup"), &mut cgroups, 6, &|path| path.is_dir());
@@ -133,6 +133,11 @@ impl Traces {
         left.extend(self.cgroups.difference(&before.cgroups).map(|path| path.display().to_string()));
         left
     }
+}
+
+/// containerd gives what it is about to remove such a name. One that is killed then leaves it, and it is nobody's any more.
+fn is_hidden(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'))
 }
 
 fn collect(dir: &Path, into: &mut BTreeSet<PathBuf>, depth: usize, wanted: &dyn Fn(&Path) -> bool) {
