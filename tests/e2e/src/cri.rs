@@ -206,12 +206,12 @@ impl Pod {
         self.cri.runtime.block_on(call).expect("the pod is known").into_inner()
     }
 
-    /// Whether CRI says that it is ready.
-    ///
-    /// # Panics
-    /// containerd does not know it.
+    /// Whether CRI says that it is ready. It may have no answer while a pod's shim is just ending, which is no yes.
     pub fn ready(&mut self) -> bool {
-        self.describe().status.expect("a status").state() == PodSandboxState::SandboxReady
+        let request = PodSandboxStatusRequest { pod_sandbox_id: self.id.clone(), verbose: false };
+        let answer = self.cri.runtime.block_on(self.cri.client.pod_sandbox_status(request));
+        let status = answer.ok().and_then(|answer| answer.into_inner().status);
+        status.is_some_and(|status| status.state() == PodSandboxState::SandboxReady)
     }
 
     /// Its addresses, the preferred one first.
