@@ -162,6 +162,7 @@ fn a_vm_at_its_limit_on_the_host_ends_with_a_reason_and_nothing_else_does() {
     );
 
     eventually("the pod is over", || !pod.ready());
+    eventually("its container has ended", || !pod.runs(&greedy));
     let status = pod.status(&greedy).unwrap();
     assert_eq!(status.exit_code, 137);
     assert!(other.ready() && other.runs(&bystander));
