@@ -87,7 +87,7 @@ impl PodSpec {
     /// From the spec of the pod's first container.
     ///
     /// # Errors
-    /// As [`refuse_host_namespaces`].
+    /// [`Error::HostNamespace`] or [`Error::UserNamespace`] for a container that wants what a VM cannot share.
     pub fn from_oci(spec: &Spec) -> Result<Self> {
         refuse_host_namespaces(spec)?;
         let linux = spec.linux().as_ref();
@@ -218,7 +218,7 @@ impl Limits {
 ///
 /// # Errors
 /// [`Error::HostNamespace`] or [`Error::UserNamespace`].
-pub fn refuse_host_namespaces(spec: &Spec) -> Result<()> {
+fn refuse_host_namespaces(spec: &Spec) -> Result<()> {
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     let named = |kind| namespaces.is_some_and(|all| all.iter().any(|namespace| namespace.typ() == kind));
     for (kind, what, field) in [

@@ -24,7 +24,7 @@ impl Pod {
     /// Takes note of what the pod is to be.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for another pod than this shim's, or [`Error::AlreadyExists`].
+    /// [`Error::NotFound`] for another pod than this shim's, or [`Error::AlreadyExists`].
     pub fn create_sandbox(&self, sandbox_id: &str, spec: PodSpec) -> Result<()> {
         self.check_id(sandbox_id)?;
         let mut state = self.lock();

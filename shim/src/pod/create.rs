@@ -17,7 +17,7 @@ use ttrpc::context::Context;
 use super::{Pod, Vm};
 use crate::container::{Container, Role};
 use crate::hooks::Point;
-use crate::pod_spec::{Limits, PodSpec, refuse_host_namespaces};
+use crate::pod_spec::{Limits, PodSpec};
 use crate::process::{Process, State, Step};
 use crate::sandbox::Sandbox;
 use crate::spec::{self, GuestSpec, Origin};
@@ -39,7 +39,7 @@ impl Pod {
         endpoints.present()?;
         let bundle = Path::new(&request.bundle);
         let spec = spec::load(bundle)?;
-        refuse_host_namespaces(&spec)?;
+        let pod = PodSpec::from_oci(&spec)?;
         let mut container = Container::new(&request.id, spec::role(&spec), bundle, endpoints);
         if container.role == Role::Workload {
             container.pid_namespace = self.pid_namespace(&spec)?;
@@ -47,7 +47,7 @@ impl Pod {
         }
         let container = Arc::new(container);
         self.reserve(&container)?;
-        let created = self.build(&container, spec, request).await;
+        let created = self.build(&container, pod, spec, request).await;
         if created.is_err() {
             self.abandon(&container).await;
         }
@@ -67,11 +67,11 @@ impl Pod {
     async fn build(
         self: &Arc<Self>,
         container: &Arc<Container>,
+        pod: PodSpec,
         spec: Spec,
         request: CreateTaskRequest,
     ) -> Result<u32> {
         let log = self.log.new(o!("container" => container.id.clone()));
-        let pod = PodSpec::from_oci(&spec)?;
         let sandbox = match container.role {
             Role::Pod => self.sandbox_with(None, pod).await?,
             Role::Workload => {
