@@ -43,10 +43,24 @@ impl HostMount {
     #[track_caller]
     pub fn ext4(image: &Path, size: u64, path: &Path) -> Self {
         File::create_new(image).expect("a new file").set_len(size).expect("there is room");
-        run(Command::new("mkfs.ext4").arg("-q").arg(image)).success();
         // Fails where loop devices are no module; where there are none at all, the mount says so.
         run(Command::new("modprobe").arg("loop"));
-        run(Command::new("mount").args(["-o", "loop"]).arg(image).arg(path)).success();
+        Self::new_ext4(image, &["-o", "loop"], path)
+    }
+
+    /// A new ext4 on a disk.
+    ///
+    /// # Panics
+    /// It cannot be made or mounted.
+    #[track_caller]
+    pub fn ext4_on(disk: &Path, path: &Path) -> Self {
+        Self::new_ext4(disk, &[], path)
+    }
+
+    #[track_caller]
+    fn new_ext4(device: &Path, options: &[&str], path: &Path) -> Self {
+        run(Command::new("mkfs.ext4").arg("-q").arg(device)).success();
+        run(Command::new("mount").args(options).arg(device).arg(path)).success();
         Self { path: path.into() }
     }
 

@@ -3,6 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
+use containerd_shim_protos::sandbox_async::SandboxClient;
 use containerd_shim_protos::shim_async::TaskClient;
 use ttrpc::r#async::Client;
 use ttrpc::context::{self, Context};
@@ -14,6 +15,18 @@ use crate::{Container, PATIENCE};
 /// # Panics
 /// It has none, or it does not answer.
 pub async fn connect(container: &Container) -> TaskClient {
+    TaskClient::new(client(container).await)
+}
+
+/// Connects to the Sandbox service beside it.
+///
+/// # Panics
+/// As [`connect`].
+pub async fn connect_to_sandbox(container: &Container) -> SandboxClient {
+    SandboxClient::new(client(container).await)
+}
+
+async fn client(container: &Container) -> Client {
     let bundle = container.bundle();
     // containerd 2.x keeps the start reply as JSON, 1.7 the bare address.
     let address = fs::read_to_string(bundle.join("bootstrap.json"))
@@ -22,7 +35,7 @@ pub async fn connect(container: &Container) -> TaskClient {
         .and_then(|reply| reply.get("address")?.as_str().map(str::to_owned))
         .or_else(|| fs::read_to_string(bundle.join("address")).ok())
         .expect("the bundle has the shim's address");
-    TaskClient::new(Client::connect(address.trim()).await.expect("the shim listens"))
+    Client::connect(address.trim()).await.expect("the shim listens")
 }
 
 /// A request context with the tests' deadline.

@@ -134,6 +134,27 @@ fn macvlan_and_ipvlan_interfaces_are_mirrored_too() {
 }
 
 #[test]
+fn netkit_interfaces_of_both_modes_are_mirrored_too() {
+    for mode in ["l2", "l3"] {
+        let namespace = Namespace::new();
+        ip(&format!(
+            "link add e2e-netkit type netkit mode {mode} forward peer forward name eth0 netns {}",
+            namespace.0
+        ));
+        let _link = Link("e2e-netkit");
+        ip("link set e2e-netkit up");
+        ip("addr add 192.168.40.1/24 dev e2e-netkit");
+        namespace.ip("link set eth0 up");
+        namespace.ip("addr add 192.168.40.2/24 dev eth0");
+
+        let container = Container::idle(&["--with-ns", &namespace.flag()]);
+
+        assert_eq!(ping(&container, "192.168.40.1"), "answered", "{mode}");
+        drop(container);
+    }
+}
+
+#[test]
 fn a_namespace_that_is_gone_is_named_and_one_without_interfaces_is_fine() {
     let container = Container::unborn();
     let flags = ["--with-ns", "network:/run/netns/never-was"];

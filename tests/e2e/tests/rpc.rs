@@ -5,9 +5,13 @@ use containerd_shim_protos::api::{
     PauseRequest, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StateRequest, Status,
     WaitRequest,
 };
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::sandbox_api::{PingRequest, PlatformRequest, SandboxMetricsRequest};
 use containerd_shim_protos::shim_async::TaskClient;
-use mayu_e2e::shim::{code, connect, patiently};
+use mayu_e2e::host::processes_named;
+use mayu_e2e::shim::{code, connect, connect_to_sandbox, patiently};
 use mayu_e2e::{BUSYBOX, Container};
 use serde_json::json;
 use ttrpc::Code;
@@ -46,6 +50,39 @@ fn wait(id: &str, exec_id: &str) -> WaitRequest {
 async fn status(shim: &TaskClient, id: &str, exec_id: &str) -> Status {
     let request = StateRequest { id: id.to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
     shim.state(patiently(), &request).await.unwrap().status()
+}
+
+#[tokio::test]
+async fn the_sandbox_service_describes_the_vm() {
+    let container = Container::idle(&[]);
+    let sandbox = connect_to_sandbox(&container).await;
+    let id = container.id().to_owned();
+
+    let request = PlatformRequest { sandbox_id: id.clone(), ..Default::default() };
+    let platform = sandbox.platform(patiently(), &request).await.unwrap().platform;
+    assert_eq!((platform.os.as_str(), platform.architecture.as_str()), ("linux", "amd64"));
+
+    let request = SandboxMetricsRequest { sandbox_id: id.clone(), ..Default::default() };
+    let metrics = sandbox.sandbox_metrics(patiently(), &request).await.unwrap().metrics;
+    let [vmm] = &processes_named("mayu-vmm")[..] else { panic!("one VMM") };
+    assert_eq!(metrics.id, id);
+    assert_eq!(metrics.data.type_url, "io.containerd.cgroups.v2.Metrics");
+    let figures = Metrics::parse_from_bytes(&metrics.data.value).unwrap();
+    let resident = resident_bytes(vmm.pid);
+    let counted = figures.memory.usage;
+    assert!(counted > resident / 2 && counted < resident * 2, "{counted} counted, {resident} resident");
+    assert!(figures.cpu.usage_usec > 0);
+
+    let other = SandboxMetricsRequest { sandbox_id: "other".into(), ..Default::default() };
+    assert_eq!(code(sandbox.sandbox_metrics(patiently(), &other).await), Code::NOT_FOUND);
+    let request = PingRequest { sandbox_id: id, ..Default::default() };
+    sandbox.ping_sandbox(patiently(), &request).await.unwrap();
+}
+
+/// The memory of a process that is in use (proc_pid_statm(5), in pages of 4 KiB).
+fn resident_bytes(pid: u32) -> u64 {
+    let statm = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap();
+    statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
 }
 
 #[tokio::test]

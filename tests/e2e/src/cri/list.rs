@@ -1,9 +1,11 @@
 //! What CRI lists, and what it says of itself.
 
 use k8s_cri::v1::{
-    Container, ContainerFilter, ListContainersRequest, ListPodSandboxRequest, PodSandbox, PodSandboxFilter,
-    RuntimeFeatures, StatusRequest,
+    Container, ContainerFilter, ContainerStats, ListContainerStatsRequest, ListContainersRequest,
+    ListMetricDescriptorsRequest, ListPodSandboxRequest, ListPodSandboxStatsRequest, MetricDescriptor,
+    PodSandbox, PodSandboxFilter, PodSandboxStats, RuntimeFeatures, StatusRequest,
 };
+use tonic::Status;
 
 use super::Pod;
 
@@ -35,5 +37,32 @@ impl Pod {
     pub fn features(&mut self) -> RuntimeFeatures {
         let call = self.cri.client.status(StatusRequest { verbose: false });
         self.cri.runtime.block_on(call).expect("a status").into_inner().features.unwrap_or_default()
+    }
+
+    /// What all pods use.
+    ///
+    /// # Panics
+    /// containerd does not answer.
+    pub fn list_pod_stats(&mut self) -> Vec<PodSandboxStats> {
+        let call = self.cri.client.list_pod_sandbox_stats(ListPodSandboxStatsRequest::default());
+        self.cri.runtime.block_on(call).expect("a list").into_inner().stats
+    }
+
+    /// What all containers use.
+    ///
+    /// # Panics
+    /// containerd does not answer.
+    pub fn list_stats(&mut self) -> Vec<ContainerStats> {
+        let call = self.cri.client.list_container_stats(ListContainerStatsRequest::default());
+        self.cri.runtime.block_on(call).expect("a list").into_inner().stats
+    }
+
+    /// The metrics that this containerd tells of pods and containers.
+    ///
+    /// # Errors
+    /// containerd's answer.
+    pub fn metric_descriptors(&mut self) -> Result<Vec<MetricDescriptor>, Status> {
+        let call = self.cri.client.list_metric_descriptors(ListMetricDescriptorsRequest {});
+        Ok(self.cri.runtime.block_on(call)?.into_inner().descriptors)
     }
 }

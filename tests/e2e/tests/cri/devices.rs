@@ -2,14 +2,15 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use k8s_cri::v1::{ContainerConfig, Device};
 use mayu_e2e::cri::container;
-use mayu_e2e::{BUSYBOX, run};
+use mayu_e2e::mount::HostMount;
+use mayu_e2e::{BUSYBOX, Outcome, run};
 
-use super::{idle, pod, script};
+use super::{idle, mount, pod, script, sleeping};
 
 /// A loop device over a file, until the end of the test.
 struct Disk {
@@ -34,10 +35,43 @@ impl Drop for Disk {
     }
 }
 
-fn with_disk(name: &str, disk: &Disk, permissions: &str) -> ContainerConfig {
+/// A volume group of one disk, until the end of the test.
+struct VolumeGroup {
+    name: String,
+    disk: Disk,
+}
+
+impl VolumeGroup {
+    fn new() -> Self {
+        let group = Self { name: format!("mayu-{}", std::process::id()), disk: Disk::new(64 << 20) };
+        lvm(&["vgcreate", &group.name, group.disk.path.to_str().unwrap()]).success();
+        group
+    }
+
+    /// A logical volume of it.
+    fn volume(&self, name: &str, size: &str) -> PathBuf {
+        lvm(&["lvcreate", "--name", name, "--size", size, "--wipesignatures", "n", &self.name]).success();
+        Path::new("/dev").join(&self.name).join(name)
+    }
+}
+
+impl Drop for VolumeGroup {
+    fn drop(&mut self) {
+        // What fails here, fails the next test that looks for what is left.
+        lvm(&["vgremove", "--force", &self.name]);
+    }
+}
+
+/// LVM on a machine without udev, where it makes the nodes of its devices by itself.
+fn lvm(arguments: &[&str]) -> Outcome {
+    let config = "activation { udev_sync = 0 udev_rules = 0 } devices { use_devicesfile = 0 }";
+    run(Command::new("lvm").args(arguments).args(["--yes", "--config", config]))
+}
+
+fn with_disk(name: &str, disk: &Path, permissions: &str) -> ContainerConfig {
     let device = Device {
         container_path: "/dev/xvda".into(),
-        host_path: disk.path.display().to_string(),
+        host_path: disk.display().to_string(),
         permissions: permissions.into(),
     };
     ContainerConfig { devices: vec![device], ..container(name, BUSYBOX, &["sleep", "infinity"]) }
@@ -50,7 +84,7 @@ fn a_raw_block_volume_is_a_disk_of_the_guest() {
     let mut pod = pod();
     // While the pod runs already, as with any container but the first.
     let other = idle(&mut pod, "other");
-    let writer = pod.run_container(with_disk("writer", &disk, "rwm")).unwrap();
+    let writer = pod.run_container(with_disk("writer", &disk.path, "rwm")).unwrap();
     let size = script(&mut pod, &writer, "blockdev --getsize64 /dev/xvda");
     assert_eq!(size, (4 << 20).to_string());
     assert_eq!(script(&mut pod, &writer, "head -c 13 /dev/xvda"), "from the host");
@@ -60,7 +94,7 @@ fn a_raw_block_volume_is_a_disk_of_the_guest() {
     file.read_exact_at(&mut bytes, 4096).unwrap();
     assert_eq!(&bytes, b"from the guest");
 
-    let reader = pod.run_container(with_disk("reader", &disk, "r")).unwrap();
+    let reader = pod.run_container(with_disk("reader", &disk.path, "r")).unwrap();
     assert_eq!(
         script(&mut pod, &reader, "dd if=/dev/xvda bs=512 skip=8 count=1 2> /dev/null | head -c 14"),
         "from the guest"
@@ -74,8 +108,32 @@ fn a_raw_block_volume_is_a_disk_of_the_guest() {
     }
     // The slot is free again, and another disk has its place.
     let next = Disk::new(1 << 20);
-    let writer = pod.run_container(with_disk("next", &next, "rwm")).unwrap();
+    let writer = pod.run_container(with_disk("next", &next.path, "rwm")).unwrap();
     assert_eq!(script(&mut pod, &writer, "blockdev --getsize64 /dev/xvda"), (1 << 20).to_string());
+}
+
+#[test]
+fn a_logical_volume_is_a_disk_of_the_guest_or_a_file_system_like_any_other() {
+    let group = VolumeGroup::new();
+    let (raw, formatted) = (group.volume("raw", "8M"), group.volume("formatted", "24M"));
+    let point = tempfile::tempdir_in("/var/tmp").unwrap();
+    let files = HostMount::ext4_on(&formatted, point.path());
+    fs::write(files.path().join("file"), "of the host").unwrap();
+    let mut pod = pod();
+
+    let database = pod.run_container(with_disk("database", &raw, "rwm")).unwrap();
+    let config = ContainerConfig { mounts: vec![mount(files.path(), "/volume")], ..sleeping("reader") };
+    let reader = pod.run_container(config).unwrap();
+
+    assert_eq!(script(&mut pod, &database, "blockdev --getsize64 /dev/xvda"), (8 << 20).to_string());
+    script(&mut pod, &database, "printf 'of the guest' | dd of=/dev/xvda bs=512 seek=3 conv=notrunc,fsync");
+    let mut bytes = [0; 12];
+    File::open(&raw).unwrap().read_exact_at(&mut bytes, 3 * 512).unwrap();
+    assert_eq!(&bytes, b"of the guest");
+    assert_eq!(script(&mut pod, &reader, "cat /volume/file"), "of the host");
+    script(&mut pod, &reader, "echo of the guest > /volume/new && sync");
+    assert_eq!(fs::read_to_string(files.path().join("new")).unwrap(), "of the guest\n");
+    pod.remove().unwrap();
 }
 
 #[test]

@@ -8,6 +8,7 @@ use mayu_e2e::BUSYBOX;
 use mayu_e2e::cri::{Cri, Pod, container, pod_config, private};
 use mayu_e2e::host::processes_named;
 use mayu_e2e::shim::eventually;
+use tonic::Code;
 
 use super::{idle, script};
 
@@ -138,6 +139,34 @@ fn a_containers_figures_are_the_guests_own() {
         close
     });
     assert!(close);
+}
+
+#[test]
+fn lists_of_figures_have_every_pod_and_container() {
+    let mut pods = [super::pod(), super::pod()];
+    let [one, other] = pods.each_mut().map(|pod| (pod.id().to_owned(), idle(pod, "one")));
+    let [pod, _] = &mut pods;
+
+    let of_pods = pod.list_pod_stats();
+    let of_containers = pod.list_stats();
+
+    for (sandbox, container) in [one, other] {
+        let found =
+            of_pods.iter().find(|stats| stats.attributes.as_ref().is_some_and(|pod| pod.id == sandbox));
+        let linux = found.expect("the pod").linux.clone().expect("figures of Linux");
+        assert!(linux.memory.unwrap().working_set_bytes.unwrap().value > 0);
+        let inner: Vec<_> = linux.containers.iter().filter_map(|stats| stats.attributes.as_ref()).collect();
+        assert!(inner.iter().any(|one| one.id == container), "{inner:?}");
+        let found = of_containers
+            .iter()
+            .find(|stats| stats.attributes.as_ref().is_some_and(|one| one.id == container));
+        assert!(found.expect("the container").memory.unwrap().working_set_bytes.unwrap().value > 0);
+    }
+    match pod.metric_descriptors() {
+        Ok(descriptors) => assert!(!descriptors.is_empty()),
+        // containerd before 2.2 has it for no runtime.
+        Err(status) => assert_eq!(status.code(), Code::Unimplemented, "{status}"),
+    }
 }
 
 #[test]
