@@ -30,7 +30,7 @@ use rustix::mount::{
     mount_remount, unmount,
 };
 use rustix::process::{
-    DumpableBehavior, PidfdFlags, Resource, Rlimit, Signal, chdir, getpid, pidfd_open, pivot_root,
+    DumpableBehavior, PidfdFlags, Resource, Rlimit, Signal, chdir, getpid, getrlimit, pidfd_open, pivot_root,
     set_dumpable_behavior, set_parent_process_death_signal, setrlimit,
 };
 use rustix::thread::{
@@ -40,6 +40,9 @@ use rustix::thread::{
 };
 
 use crate::error::{Error, Result};
+
+/// How many descriptors the process may have: the kernel's default `fs.nr_open`.
+const DESCRIPTORS: u64 = 1 << 20;
 
 /// Where the pod's share is mounted inside the jail.
 pub const SHARE: &str = "/share";
@@ -76,6 +79,7 @@ pub enum Side {
 /// # Errors
 /// A step failed; what was made of the jail ends with the process.
 pub fn enter(share: OwnedFd, uid: u32, announce: impl FnOnce(Pid) -> Result<()>) -> Result<Side> {
+    allow_descriptors();
     let (outside, inside) = UnixStream::pair().map_err(failed("make a socket pair"))?;
     let parent = pidfd_open(getpid(), PidfdFlags::empty()).map_err(failed("open its pidfd"))?;
     unshare(CloneFlags::CLONE_NEWPID).map_err(failed("make a PID namespace"))?;
@@ -95,6 +99,15 @@ pub fn enter(share: OwnedFd, uid: u32, announce: impl FnOnce(Pid) -> Result<()>)
             die_with_the_shim(&parent)?;
             Ok(Side::Inside)
         }
+    }
+}
+
+/// Lets the fs device hold as many files as it may, whatever containerd was started with. Inside nobody could any more.
+fn allow_descriptors() {
+    let wanted = Rlimit { current: Some(DESCRIPTORS), maximum: Some(DESCRIPTORS) };
+    if getrlimit(Resource::Nofile).maximum.is_some_and(|maximum| maximum < DESCRIPTORS) {
+        // Where `fs.nr_open` is less, what is allowed has to do: the device keeps to it.
+        let _ = setrlimit(Resource::Nofile, wanted);
     }
 }
 

@@ -43,6 +43,19 @@ fn bind_mounts_of_directories_are_shared_with_the_host_both_ways() {
 }
 
 #[test]
+fn a_directory_of_many_files_is_read_whole() {
+    // More than the files that a process may have open, unless somebody raises that limit.
+    const FILES: usize = 4500;
+    let dir = tempfile::tempdir().unwrap();
+    for number in 0..FILES {
+        fs::write(dir.path().join(number.to_string()), "").unwrap();
+    }
+    let mount = format!("type=bind,src={},dst=/data,options=rbind:ro", dir.path().display());
+    let text = Container::sh(&["--mount", &mount], "ls -l /data | grep -c root").success().text();
+    assert_eq!(text, FILES.to_string());
+}
+
+#[test]
 fn read_only_bind_mounts_refuse_writes() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("file"), "kept").unwrap();

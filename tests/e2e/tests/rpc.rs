@@ -10,7 +10,6 @@ use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::sandbox_api::{PingRequest, PlatformRequest, SandboxMetricsRequest};
 use containerd_shim_protos::shim_async::TaskClient;
-use mayu_e2e::host::processes_named;
 use mayu_e2e::shim::{code, connect, connect_to_sandbox, patiently};
 use mayu_e2e::{BUSYBOX, Container};
 use serde_json::json;
@@ -64,25 +63,15 @@ async fn the_sandbox_service_describes_the_vm() {
 
     let request = SandboxMetricsRequest { sandbox_id: id.clone(), ..Default::default() };
     let metrics = sandbox.sandbox_metrics(patiently(), &request).await.unwrap().metrics;
-    let [vmm] = &processes_named("mayu-vmm")[..] else { panic!("one VMM") };
     assert_eq!(metrics.id, id);
     assert_eq!(metrics.data.type_url, "io.containerd.cgroups.v2.Metrics");
     let figures = Metrics::parse_from_bytes(&metrics.data.value).unwrap();
-    let resident = resident_bytes(vmm.pid);
-    let counted = figures.memory.usage;
-    assert!(counted > resident / 2 && counted < resident * 2, "{counted} counted, {resident} resident");
     assert!(figures.cpu.usage_usec > 0);
 
     let other = SandboxMetricsRequest { sandbox_id: "other".into(), ..Default::default() };
     assert_eq!(code(sandbox.sandbox_metrics(patiently(), &other).await), Code::NOT_FOUND);
     let request = PingRequest { sandbox_id: id, ..Default::default() };
     sandbox.ping_sandbox(patiently(), &request).await.unwrap();
-}
-
-/// The memory of a process that is in use (proc_pid_statm(5), in pages of 4 KiB).
-fn resident_bytes(pid: u32) -> u64 {
-    let statm = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap();
-    statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
 }
 
 #[tokio::test]

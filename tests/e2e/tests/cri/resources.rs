@@ -86,13 +86,18 @@ fn every_limit_of_a_container_is_kept_by_the_guest() {
     assert_eq!(lines[2..], ["0", "33554432", "25165824", "4194304", "33"]);
 }
 
-#[test]
-fn the_host_accounts_for_the_vm_in_its_pods_cgroup() {
+/// A pod in a cgroup of its own that the host counts for.
+fn counted(parent: &str) -> Pod {
     // As systemd and a kubelet have it on every node; without, the kernel does not count for those below.
     fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+cpu +memory +pids").unwrap();
+    let linux = LinuxPodSandboxConfig { cgroup_parent: parent.into(), ..Default::default() };
+    Cri::connect(&[BUSYBOX]).run(pod_config(linux)).unwrap()
+}
+
+#[test]
+fn the_host_accounts_for_the_vm_in_its_pods_cgroup() {
     let parent = format!("/mayu-test-{}", std::process::id());
-    let linux = LinuxPodSandboxConfig { cgroup_parent: parent.clone(), ..Default::default() };
-    let mut pod = Cri::connect(&[BUSYBOX]).run(pod_config(linux)).unwrap();
+    let mut pod = counted(&parent);
     let one = idle(&mut pod, "one");
     let [vmm] = &processes_named("mayu-vmm")[..] else { panic!("one VMM") };
     let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", vmm.pid)).unwrap();
@@ -143,7 +148,8 @@ fn a_containers_figures_are_the_guests_own() {
 
 #[test]
 fn lists_of_figures_have_every_pod_and_container() {
-    let mut pods = [super::pod(), super::pod()];
+    // Without a cgroup of their own, containerd has no figures of any pod.
+    let mut pods = ["/mayu-one", "/mayu-other"].map(counted);
     let [one, other] = pods.each_mut().map(|pod| (pod.id().to_owned(), idle(pod, "one")));
     let [pod, _] = &mut pods;
 
