@@ -1,6 +1,7 @@
 //! Images that a test makes for itself, in the layout of the OCI image specification.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
 
@@ -27,6 +28,18 @@ impl Image {
         let root = TempDir::new().expect("there is room for a directory");
         install_busybox(root.path());
         Self::make("groups", &[root.path()])
+    }
+
+    /// An image of busybox with a symbolic link.
+    ///
+    /// # Panics
+    /// It cannot be made.
+    #[track_caller]
+    pub fn with_link(link: &str, target: &str) -> Self {
+        let root = TempDir::new().expect("there is room for a directory");
+        install_busybox(root.path());
+        symlink(target, root.path().join(link)).expect("links can be made");
+        Self::make("link", &[root.path()])
     }
 
     /// An image with nothing in it.

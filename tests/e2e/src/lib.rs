@@ -7,6 +7,7 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used, reason = "a test's way to fail")]
 
 mod command;
+pub mod configuration;
 mod container;
 pub mod cri;
 pub mod host;

@@ -2,39 +2,11 @@
 
 use std::fs;
 
+use mayu_e2e::configuration::{CONFIG, Configuration};
 use mayu_e2e::host::Traces;
 use mayu_e2e::spec::Bundle;
 use mayu_e2e::{BUSYBOX, Container, run};
 use serde_json::json;
-
-const CONFIG: &str = "/etc/mayu/config.toml";
-
-/// Puts another configuration in place for as long as it lives.
-struct Configuration {
-    original: String,
-}
-
-impl Configuration {
-    fn with(change: impl FnOnce(&str) -> String) -> Self {
-        let original = fs::read_to_string(CONFIG).unwrap();
-        fs::write(CONFIG, change(&original)).unwrap();
-        Self { original }
-    }
-
-    /// Sets one key of a table.
-    fn set(table: &str, key: &str, value: &str) -> Self {
-        Self::with(|text| {
-            let kept: Vec<_> = text.lines().filter(|line| !line.starts_with(&format!("{key} ="))).collect();
-            kept.join("\n").replacen(&format!("[{table}]"), &format!("[{table}]\n{key} = {value}"), 1)
-        })
-    }
-}
-
-impl Drop for Configuration {
-    fn drop(&mut self) {
-        fs::write(CONFIG, &self.original).unwrap();
-    }
-}
 
 /// Runs a container that must fail, sees that nothing is left, and returns the error.
 #[track_caller]

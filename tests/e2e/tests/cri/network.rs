@@ -1,12 +1,15 @@
 //! The network of pods: whatever CNI has made, the guest has, and it is reached as any pod is.
 
+use std::fs::{self, Permissions};
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 use std::thread;
 
 use k8s_cri::v1::LinuxPodSandboxConfig;
 use mayu_e2e::cri::{Cri, Pod, pod_config};
+use mayu_e2e::host::Traces;
 use mayu_e2e::shim::eventually;
 use mayu_e2e::{BUSYBOX, PATIENCE, run};
 
@@ -170,4 +173,54 @@ fn a_port_of_the_guests_loopback_is_forwarded_until_the_pod_stops() {
     let mut open = pod.forward(8000).unwrap();
     pod.stop().unwrap();
     assert!(!matches!(open.read(), Some(Ok(_))), "the pod has stopped");
+}
+
+/// What CNI is to do, until the end of the test: the file that comes first counts.
+struct Plugin {
+    files: [&'static str; 2],
+}
+
+impl Plugin {
+    /// A plugin that answers with this text.
+    fn answering(answer: &str) -> Self {
+        let files = ["/opt/cni/bin/mayu-e2e", "/etc/cni/net.d/00-mayu-e2e.conflist"];
+        fs::write(files[0], format!("#!/bin/sh\ncat > /dev/null\necho '{answer}'\n")).unwrap();
+        fs::set_permissions(files[0], Permissions::from_mode(0o755)).unwrap();
+        let list = r#"{"cniVersion": "1.0.0", "name": "odd", "plugins": [{"type": "mayu-e2e"}]}"#;
+        fs::write(files[1], list).unwrap();
+        Self { files }
+    }
+}
+
+impl Drop for Plugin {
+    fn drop(&mut self) {
+        for file in self.files {
+            drop(fs::remove_file(file));
+        }
+    }
+}
+
+#[test]
+fn a_cni_that_gives_no_address_fails_the_pod_and_leaves_nothing() {
+    drop(pod());
+    let before = Traces::now();
+    let run = || Cri::connect(&[BUSYBOX]).run_pod(LinuxPodSandboxConfig::default());
+    {
+        let _plugin = Plugin::answering(r#"{"cniVersion": "1.0.0"}"#);
+        let mut refusal = None;
+        // containerd reads its directory of networks when it is told that something has changed there.
+        eventually("containerd uses it", || {
+            refusal = run().err();
+            refusal.is_some()
+        });
+        let refusal = refusal.unwrap();
+        assert!(refusal.message().contains("network"), "{refusal}");
+    }
+    let mut again = None;
+    eventually("the next pod runs", || {
+        again = run().ok();
+        again.is_some()
+    });
+    drop(again);
+    before.assert_restored(3);
 }

@@ -8,10 +8,12 @@ use k8s_cri::v1::{
     ContainerConfig, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
     PodSandboxConfig,
 };
-use mayu_e2e::cri::{Cri, by_sandbox_api, container, pod_config};
+use mayu_e2e::configuration::Configuration;
+use mayu_e2e::cri::{Cri, Pod, by_sandbox_api, container, pod_config};
 use mayu_e2e::host::{Traces, processes_named};
 use mayu_e2e::image::Image;
 use mayu_e2e::{BUSYBOX, run};
+use tonic::Status;
 
 use super::{idle, mount, pod, script, sleeping};
 
@@ -89,34 +91,83 @@ fn an_image_without_layers_is_an_empty_root() {
 }
 
 #[test]
+fn a_link_where_a_volume_is_to_be_leads_nowhere_outside() {
+    const OUTSIDE: &str = "/var/tmp/mayu-e2e-outside";
+    let volume = tempfile::tempdir_in("/var/tmp").unwrap();
+    fs::write(volume.path().join("file"), "of the volume").unwrap();
+    fs::create_dir(OUTSIDE).unwrap();
+    let untouched = || fs::read_dir(OUTSIDE).unwrap().next().is_none();
+    let mut pod = pod();
+    for target in [OUTSIDE.to_owned(), format!("../../../../../../../..{OUTSIDE}")] {
+        let image = Image::with_link("data", &target);
+        let config = ContainerConfig {
+            mounts: vec![mount(volume.path(), "/data")],
+            ..container("one", image.name(), &["sleep", "infinity"])
+        };
+        let one = pod.run_container(config).unwrap();
+        // The link is followed as the container would.
+        assert_eq!(
+            script(&mut pod, &one, &format!("cat /data/file {OUTSIDE}/file")),
+            "of the volumeof the volume"
+        );
+        pod.remove_container(&one, 0).unwrap();
+        assert!(untouched(), "{target}");
+    }
+    fs::remove_dir(OUTSIDE).unwrap();
+}
+
+/// A pod with annotations.
+fn annotated(annotations: HashMap<String, String>) -> Result<Pod, Status> {
+    let config = PodSandboxConfig { annotations, ..pod_config(LinuxPodSandboxConfig::default()) };
+    Cri::connect(&[BUSYBOX]).run(config)
+}
+
+#[test]
 fn annotations_that_nobody_knows_change_nothing() {
     let long = "x".repeat(10_000);
     let annotations = HashMap::from(
         [
-            ("io.mayu.vm.kernel", "/etc/shadow"),
-            ("io.mayu.no.such.key", "\u{1f98b} \" ' \\ \n \t"),
             ("io.katacontainers.config.hypervisor.path", "/bin/sh"),
             ("run.oci.handler", "krun"),
+            ("example.test/odd", "\u{1f98b} \" ' \\ \n \t"),
             ("example.test/long", &long),
             ("example.test/empty", ""),
         ]
         .map(|(key, value)| (key.to_owned(), value.to_owned())),
     );
-    let config =
-        PodSandboxConfig { annotations: annotations.clone(), ..pod_config(LinuxPodSandboxConfig::default()) };
-    let run = Cri::connect(&[BUSYBOX]).run(config);
-    if by_sandbox_api() {
-        // There the shim is given all of a pod's annotations, and refuses those of its own that it does not know.
-        let refusal = run.map(|pod| pod.id().to_owned()).expect_err("an unknown annotation of mayu");
-        assert!(refusal.message().contains("annotation io.mayu."), "{refusal}");
-        return;
-    }
-    let mut pod = run.unwrap();
+    let mut pod = annotated(annotations.clone()).unwrap();
     let config = ContainerConfig { annotations: annotations.clone(), ..sleeping("one") };
     let one = pod.run_container(config).unwrap();
     assert_eq!(script(&mut pod, &one, "echo runs"), "runs");
     assert_eq!(pod.status(&one).unwrap().annotations, annotations);
     assert_eq!(pod.describe().status.unwrap().annotations, annotations);
+}
+
+#[test]
+fn annotations_of_mayu_do_what_the_operator_allows_and_no_more() {
+    // The first pod leaves containerd's directories.
+    drop(pod());
+    let before = Traces::now();
+    let run = |name: &str, value: &str| annotated(HashMap::from([(name.to_owned(), value.to_owned())]));
+    let refused = |name: &str, value: &str, reason: &str| {
+        let refusal = run(name, value).map(|pod| pod.id().to_owned()).expect_err(name);
+        let message = refusal.message();
+        assert!(message.contains(&format!("annotation {name}")) && message.contains(reason), "{message}");
+        assert!(message.len() < 2000, "{} bytes of a message", message.len());
+    };
+    refused("io.mayu.vm.kernel", "/etc/shadow", "no such annotation");
+    refused("io.mayu.vcpus", "2", "not allowed");
+    let _allowed = Configuration::set("annotations", "allowed", r#"["io.mayu.vcpus"]"#);
+    refused("io.mayu.memory-mib", "512", "not allowed");
+    let long = "9".repeat(10_000);
+    for value in ["0", "999", "-1", "two", "", &long] {
+        refused("io.mayu.vcpus", value, "is not a number between 1 and");
+    }
+    before.assert_restored(3);
+
+    let mut pod = run("io.mayu.vcpus", "2").unwrap();
+    let one = idle(&mut pod, "one");
+    assert_eq!(script(&mut pod, &one, "nproc"), "2");
 }
 
 #[test]
