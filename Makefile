@@ -5,7 +5,7 @@
 #   make check     formatting, lints, dependencies
 #   make unit      the tests that need no virtual machine
 #   make e2e       the end-to-end tests in the lab (E2E=<part of a name> runs only those)
-#   make bench     measure start time and memory, in counted instructions
+#   make bench     measure times and memory, in counted instructions
 #   make guest     the guest kernel and the guest image
 #   make lab       a shell in the lab (Ctrl-A X leaves)
 #   make install   install everything for this host's containerd (DESTDIR and PREFIX as usual)
@@ -55,7 +55,9 @@ e2e: payload
 	tests/lab/e2e $(payload) $(results)/e2e "$(CONTAINERD)" $(E2E)
 
 bench: payload
-	tests/lab/run --mode exact --payload $(payload) --results $(results)/bench --timeout 3600 -- ./lab/bench
+	for part in bench 'bench-requests 2.1 runc mayu mayu-sandbox' 'bench-requests 1.7 runc mayu'; do \
+	    tests/lab/run --mode exact --payload $(payload) --results $(results)/bench --memory 4096 --timeout 3600 -- ./lab/$$part; \
+	done
 
 lab: payload
 	tests/lab/shell --payload $(payload)

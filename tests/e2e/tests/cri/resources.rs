@@ -147,6 +147,18 @@ fn a_containers_figures_are_the_guests_own() {
 }
 
 #[test]
+fn a_pod_of_the_systemd_driver_has_the_scope_that_systemd_would_make() {
+    // A kubelet gives the whole path of the pod's slice; containerd hands on what systemd would be asked for.
+    let slice = "/mayu.slice/mayu-e2e.slice";
+    let mut pod = counted(slice);
+    let [vmm] = &processes_named("mayu-vmm")[..] else { panic!("one VMM") };
+    let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", vmm.pid)).unwrap();
+    assert_eq!(cgroup.trim(), format!("0::{slice}/cri-containerd-{}.scope", pod.id()));
+    pod.remove().unwrap();
+    eventually("the slices that were made are gone", || !fs::exists("/sys/fs/cgroup/mayu.slice").unwrap());
+}
+
+#[test]
 fn lists_of_figures_have_every_pod_and_container() {
     // Without a cgroup of their own, containerd has no figures of any pod.
     let mut pods = ["/mayu-one", "/mayu-other"].map(counted);
