@@ -1,12 +1,18 @@
 //! File systems in the guest's memory that containers of the pod share: Kubernetes' `emptyDir` of medium `Memory`. A container's
 //! spec binds one as it does any other directory.
 
-use std::fs;
-use std::io::ErrorKind;
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::fs::{self, File, Permissions};
+use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{PermissionsExt, fchown};
+use std::path::{Component, Path, PathBuf};
 
 use mayu_agent_api::sandbox::CreateVolumeRequest;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open, openat};
 use nix::mount::{MsFlags, mount};
+use nix::sys::stat::{Mode, mkdirat};
 
 use crate::error::{Error, Result};
 
@@ -34,15 +40,8 @@ impl Volumes {
     ///
     /// `InvalidRequest`, `TooMany`, `VolumeExists`, or `File` with what the kernel refused, after which nothing is left.
     pub fn create(&self, request: &CreateVolumeRequest) -> Result<()> {
-        let CreateVolumeRequest { name, size_bytes, mode, uid, gid, .. } = request;
-        if name.is_empty()
-            || name.len() > MAX_NAME
-            || name.contains(['/', '\0'])
-            || name == "."
-            || name == ".."
-        {
-            return Err(Error::InvalidRequest(format!("{name:?} is no name of a volume")));
-        }
+        let CreateVolumeRequest { name, mode, .. } = request;
+        check_name(name)?;
         if *mode > MAX_MODE {
             return Err(Error::InvalidRequest(format!("volume {name:?}: {mode:#o} are no permissions")));
         }
@@ -56,24 +55,80 @@ impl Volumes {
             ErrorKind::AlreadyExists => Error::VolumeExists(name.clone()),
             _ => Error::file("create", &path)(error),
         })?;
-        let mut options = format!("mode={mode:o},uid={uid},gid={gid}");
-        if *size_bytes > 0 {
-            options += &format!(",size={size_bytes}");
-        }
-        // No flags, as kubelet mounts those on a node.
-        let mounted = mount(Some("tmpfs"), &path, Some("tmpfs"), MsFlags::empty(), Some(options.as_str()));
-        mounted.map_err(|errno| {
+        let mounted = match request.part_of.as_str() {
+            "" => mount_memory(request, &path).map_err(Error::file("mount a volume on", &path)),
+            _ => self.mount_part(request, &path),
+        };
+        mounted.inspect_err(|_| {
             // It is empty, and its name is to be free for another try.
             let _ = fs::remove_dir(&path);
-            Error::file("mount a volume on", &path)(errno.into())
         })
     }
+
+    /// Binds a directory of a volume. Containers write to volumes, so no link in one is followed.
+    fn mount_part(&self, request: &CreateVolumeRequest, target: &Path) -> Result<()> {
+        check_name(&request.part_of)?;
+        let volume = self.directory.join(&request.part_of);
+        let failed = || Error::file("mount a part of a volume", &volume);
+        let mut place = open_directory(None, volume.as_os_str()).map_err(failed())?;
+        for component in Path::new(&request.path).components() {
+            let Component::Normal(name) = component else {
+                return Err(Error::InvalidRequest(format!("{:?} is no path in a volume", request.path)));
+            };
+            place = directory_in(&place, name, request).map_err(failed())?;
+        }
+        let source = format!("/proc/self/fd/{}", place.as_raw_fd());
+        let none = None::<&str>;
+        let bound = mount(Some(source.as_str()), target, none, MsFlags::MS_BIND, none);
+        bound.map_err(|errno| failed()(errno.into()))
+    }
+}
+
+fn check_name(name: &str) -> Result<()> {
+    let fits = !name.is_empty() && name.len() <= MAX_NAME && !name.contains(['/', '\0']);
+    if fits && name != "." && name != ".." {
+        return Ok(());
+    }
+    Err(Error::InvalidRequest(format!("{name:?} is no name of a volume")))
+}
+
+fn mount_memory(request: &CreateVolumeRequest, target: &Path) -> io::Result<()> {
+    let CreateVolumeRequest { size_bytes, mode, uid, gid, .. } = request;
+    let mut options = format!("mode={mode:o},uid={uid},gid={gid}");
+    if *size_bytes > 0 {
+        options += &format!(",size={size_bytes}");
+    }
+    // No flags, as kubelet mounts those on a node.
+    Ok(mount(Some("tmpfs"), target, Some("tmpfs"), MsFlags::empty(), Some(options.as_str()))?)
+}
+
+/// Opens a directory of another, having made it where it is missing.
+fn directory_in(parent: &File, name: &OsStr, request: &CreateVolumeRequest) -> io::Result<File> {
+    match mkdirat(parent, name, Mode::S_IRWXU) {
+        Err(Errno::EEXIST) => open_directory(Some(parent), name),
+        Err(errno) => Err(errno.into()),
+        Ok(()) => {
+            let made = open_directory(Some(parent), name)?;
+            fchown(&made, Some(request.uid), Some(request.gid))?;
+            // After the owner, whose change takes away what a set-group-ID bit says.
+            made.set_permissions(Permissions::from_mode(request.mode))?;
+            Ok(made)
+        }
+    }
+}
+
+fn open_directory(parent: Option<&File>, name: &OsStr) -> io::Result<File> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let opened = match parent {
+        Some(parent) => openat(parent, name, flags, Mode::empty()),
+        None => open(name, flags, Mode::empty()),
+    };
+    Ok(File::from(opened?))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
-    use std::path::Path;
+    use std::os::unix::fs::{MetadataExt, symlink};
     use std::thread;
 
     use nix::sched::{CloneFlags, unshare};
@@ -155,6 +210,59 @@ mod tests {
 
             assert_eq!(fs::read_to_string(directory.join("one/file")).unwrap(), "kept");
             volumes.create(&request("two")).unwrap();
+        });
+    }
+
+    #[test]
+    fn a_part_of_a_volume_is_made_and_the_same_for_all() {
+        in_namespace(|directory| {
+            let volumes = Volumes::new(directory.into());
+            volumes.create(&request("whole")).unwrap();
+            let part = |name| CreateVolumeRequest {
+                part_of: "whole".into(),
+                path: "a/b".into(),
+                mode: 0o2775,
+                gid: 2000,
+                ..request(name)
+            };
+
+            volumes.create(&part("one")).unwrap();
+            fs::write(directory.join("one/file"), "shared").unwrap();
+            volumes.create(&part("other")).unwrap();
+
+            for place in ["whole/a/b/file", "other/file"] {
+                assert_eq!(fs::read_to_string(directory.join(place)).unwrap(), "shared");
+            }
+            let metadata = fs::metadata(directory.join("whole/a")).unwrap();
+            assert_eq!((metadata.mode() & 0o7777, metadata.gid()), (0o2775, 2000));
+        });
+    }
+
+    #[test]
+    fn a_part_leads_out_of_no_volume() {
+        in_namespace(|directory| {
+            let volumes = Volumes::new(directory.into());
+            volumes.create(&request("whole")).unwrap();
+            symlink("/etc", directory.join("whole/link")).unwrap();
+            fs::write(directory.join("whole/file"), "").unwrap();
+            let part = |of: &str, path: &str| CreateVolumeRequest {
+                part_of: of.into(),
+                path: path.into(),
+                ..request("part")
+            };
+            for (of, path) in [
+                ("whole", "link"),
+                ("whole", "link/ssl"),
+                ("whole", "file"),
+                ("whole", "../whole"),
+                ("whole", "/etc"),
+                ("none", "a"),
+                ("../volumes", "whole"),
+            ] {
+                assert!(volumes.create(&part(of, path)).is_err(), "{of} {path}");
+                assert!(!directory.join("part").exists(), "{of} {path}");
+            }
+            volumes.create(&part("whole", "fine")).unwrap();
         });
     }
 

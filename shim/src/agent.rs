@@ -19,7 +19,7 @@ use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
 use crate::error::system;
-use crate::spec::Volume;
+use crate::spec::{Part, Volume};
 use crate::{Error, Result};
 
 /// The longest [`Hello`] line, in bytes.
@@ -126,13 +126,26 @@ impl Agent {
         answer("configure the guest's network", self.deadline, call).await.map(drop)
     }
 
-    /// Makes a file system in the guest's memory.
+    /// Makes a file system in the guest's memory, or finds a directory of one.
     ///
     /// # Errors
     /// As [`Agent::task`].
     pub async fn create_volume(&self, volume: &Volume) -> Result<()> {
-        let Volume { name, size, mode, uid, gid } = volume.clone();
-        let request = CreateVolumeRequest { name, size_bytes: size, mode, uid, gid, ..Default::default() };
+        let Volume { name, size, mode, uid, gid, part } = volume.clone();
+        let (part_of, path) = match part {
+            Some(Part { of, path }) => (of, path.to_string_lossy().into_owned()),
+            None => Default::default(),
+        };
+        let request = CreateVolumeRequest {
+            name,
+            size_bytes: size,
+            mode,
+            uid,
+            gid,
+            part_of,
+            path,
+            ..Default::default()
+        };
         let call = self.sandbox.create_volume(Context::default(), &request);
         answer("create a volume in the guest", self.deadline, call).await.map(drop)
     }

@@ -65,6 +65,17 @@ pub struct Volume {
     pub uid: u32,
     /// Group of its root.
     pub gid: u32,
+    /// Where this is no file system but a directory of one.
+    pub part: Option<Part>,
+}
+
+/// A directory of a [`Volume`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// The volume's name.
+    pub of: String,
+    /// Where in it.
+    pub path: PathBuf,
 }
 
 /// Where a container of the guest comes from, beside its spec.

@@ -1,5 +1,6 @@
 //! The mounts of a container: what comes from the host's files, and what is the guest's own memory.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -8,7 +9,7 @@ use mayu_agent_api::VOLUME_DIR;
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use rustix::fs::{StatFs, statfs};
 
-use super::{Bind, ReadOnly, Volume};
+use super::{Bind, Part, ReadOnly, Volume};
 use crate::{Error, Result};
 
 /// The file system type of tmpfs in statfs(2).
@@ -22,6 +23,9 @@ const SHM_SIZE: u64 = 64 << 20;
 
 /// The directory in which a kubelet keeps a pod's `emptyDir` volumes.
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
+
+/// The directory in which it binds what containers have a `subPath` of.
+const SUBPATHS: &str = "volume-subpaths";
 
 /// Points every bind mount at its place under the share, and says what has to be bound there.
 ///
@@ -69,20 +73,25 @@ pub(super) fn replace_volumes(spec: &mut Spec) -> Vec<Volume> {
     let shared_ipc = shares_ipc(spec);
     let mut volumes = Vec::new();
     for mount in spec.mounts_mut().iter_mut().flatten() {
-        let volume = if shared_ipc && mount.destination() == Path::new(SHM) {
+        let used = if shared_ipc && mount.destination() == Path::new(SHM) {
             let volume = shm(mount);
             let access = if is_read_only(mount) { "ro" } else { "rw" };
             let options = ["rbind", "rprivate", "nosuid", "noexec", "nodev", access].map(str::to_owned);
             // Those of a tmpfs would mean nothing to a bind mount.
             mount.set_typ(Some("bind".into())).set_options(Some(options.to_vec()));
-            volume
-        } else if let Some(volume) = bind_source(mount).and_then(|source| memory_volume(&source)) {
-            volume
+            vec![volume]
+        } else if let Some(source) = bind_source(mount) {
+            match memory_volume(&source) {
+                Some(volume) => vec![volume],
+                None => part_of_memory_volume(&source).map(Vec::from).unwrap_or_default(),
+            }
         } else {
             continue;
         };
-        mount.set_source(Some(Path::new(VOLUME_DIR).join(&volume.name)));
-        volumes.push(volume);
+        if let Some(volume) = used.last() {
+            mount.set_source(Some(Path::new(VOLUME_DIR).join(&volume.name)));
+        }
+        volumes.extend(used);
     }
     volumes
 }
@@ -113,7 +122,7 @@ fn shm(mount: &Mount) -> Volume {
     let asked = mount.options().iter().flatten().find_map(|option| bytes(option.strip_prefix("size=")?));
     let made = bind_source(mount).and_then(|source| tmpfs(&source)).map(|tmpfs| size(&tmpfs));
     let size = asked.or(made).unwrap_or(SHM_SIZE);
-    Volume { name: "shm".into(), size, mode: 0o1777, uid: 0, gid: 0 }
+    Volume { name: "shm".into(), size, mode: 0o1777, uid: 0, gid: 0, part: None }
 }
 
 /// The volume behind a path of the host, if it is an `emptyDir` in memory: what a kubelet has mounted a tmpfs on.
@@ -130,7 +139,48 @@ fn memory_volume(source: &Path) -> Option<Volume> {
         mode: metadata.mode() & 0o7777,
         uid: metadata.uid(),
         gid: metadata.gid(),
+        part: None,
     })
+}
+
+/// The volume and the directory of it behind a path of the host, if that is where a kubelet has bound a `subPath` of an `emptyDir`
+/// in memory: `POD/volume-subpaths/VOLUME/CONTAINER/NUMBER`.
+fn part_of_memory_volume(source: &Path) -> Option<[Volume; 2]> {
+    let mut up = source.ancestors().skip(1);
+    let (container, volume, subpaths, pod) = (up.next()?, up.next()?, up.next()?, up.next()?);
+    if subpaths.file_name()? != SUBPATHS {
+        return None;
+    }
+    let whole_path = pod.join("volumes").join(EMPTY_DIR).join(volume.file_name()?);
+    let whole = memory_volume(&whole_path)?;
+    let metadata = fs::metadata(source).ok().filter(fs::Metadata::is_dir)?;
+    if metadata.dev() != fs::metadata(&whole_path).ok()?.dev() {
+        return None;
+    }
+    let names = [container, source].map(|path| path.file_name().and_then(OsStr::to_str));
+    let [Some(container), Some(number)] = names else { return None };
+    let part = Volume {
+        // Names in Kubernetes have no dots.
+        name: format!("{}.{container}.{number}", whole.name),
+        size: 0,
+        mode: metadata.mode() & 0o7777,
+        uid: metadata.uid(),
+        gid: metadata.gid(),
+        part: Some(Part { of: whole.name.clone(), path: root_of_mount(source)? }),
+    };
+    Some([whole, part])
+}
+
+/// What of its file system a mount shows. None where nothing is mounted there, or where a name would have to be decoded.
+fn root_of_mount(point: &Path) -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    // The fourth and the fifth field, proc_pid_mountinfo(5); the mount that counts is the last one.
+    let fields = mounts.lines().map(|line| line.split(' ').skip(3));
+    let (root, _) = fields
+        .filter_map(|mut fields| Some((fields.next()?, fields.next()?)))
+        .rfind(|(_, there)| Path::new(there) == point)?;
+    let path = Path::new(root).strip_prefix("/").ok()?;
+    (!root.contains('\\') && !root.ends_with("//deleted")).then(|| path.into())
 }
 
 fn tmpfs(path: &Path) -> Option<StatFs> {
@@ -175,7 +225,8 @@ mod tests {
         });
         let mut shared = spec(&json!({"type": "ipc", "path": "/proc/7/ns/ipc"}), &mount);
         let volumes = replace_volumes(&mut shared);
-        let expected = Volume { name: "shm".into(), size: 128 << 20, mode: 0o1777, uid: 0, gid: 0 };
+        let expected =
+            Volume { name: "shm".into(), size: 128 << 20, mode: 0o1777, uid: 0, gid: 0, part: None };
         assert_eq!(volumes, [expected]);
         assert!(rewrite_binds(&mut shared, Path::new("/share")).unwrap().is_empty());
         let source = shared.mounts().as_ref().unwrap()[0].source().clone().unwrap();
@@ -189,7 +240,7 @@ mod tests {
     #[test]
     fn an_empty_dir_is_memory_of_the_guest_only_when_it_is_memory_of_the_host() {
         let folder = tempfile::tempdir_in("/var/tmp").unwrap();
-        let source = folder.path().join(EMPTY_DIR).join("cache");
+        let source = folder.path().join("volumes").join(EMPTY_DIR).join("cache");
         fs::create_dir_all(&source).unwrap();
         assert_eq!(memory_volume(&source), None);
         let options = Some("size=1m,mode=2770,gid=2000");
@@ -199,11 +250,28 @@ mod tests {
         }
         let volume = memory_volume(&source);
         let elsewhere = memory_volume(folder.path());
-        umount2(&source, MntFlags::MNT_DETACH).unwrap();
-        let expected =
-            Volume { name: "empty-dir-cache".into(), size: 1 << 20, mode: 0o2770, uid: 0, gid: 2000 };
-        assert_eq!(volume, Some(expected));
-        assert_eq!(elsewhere, None);
+        let below = folder.path().join(SUBPATHS).join("cache/web/0");
+        fs::create_dir_all(&below).unwrap();
+        fs::create_dir_all(source.join("a/b")).unwrap();
+        let unbound = part_of_memory_volume(&below);
+        mount(Some(&source.join("a/b")), &below, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+        let part = part_of_memory_volume(&below);
+        for point in [&below, &source] {
+            umount2(point, MntFlags::MNT_DETACH).unwrap();
+        }
+        let expected = Volume {
+            name: "empty-dir-cache".into(),
+            size: 1 << 20,
+            mode: 0o2770,
+            uid: 0,
+            gid: 2000,
+            part: None,
+        };
+        assert_eq!(volume.as_ref(), Some(&expected));
+        assert_eq!((elsewhere, unbound), (None, None));
+        let [whole, part] = part.unwrap();
+        assert_eq!((whole, part.name.as_str()), (expected, "empty-dir-cache.web.0"));
+        assert_eq!(part.part, Some(Part { of: "empty-dir-cache".into(), path: "a/b".into() }));
     }
 
     #[test]

@@ -50,6 +50,33 @@ fn an_empty_dir_in_memory_is_the_guest_s_memory() {
 }
 
 #[test]
+fn a_part_of_an_empty_dir_in_memory_is_that_of_the_whole() {
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let volume = HostMount::tmpfs(&volume_dir(dir.path(), "empty-dir", "cache"), "size=8m,mode=777");
+    // What a kubelet does for `subPath: logs/web`.
+    fs::create_dir_all(volume.path().join("logs/web")).unwrap();
+    let place = dir.path().join("volume-subpaths/cache/writer/0");
+    fs::create_dir_all(&place).unwrap();
+    let part = HostMount::bind(&volume.path().join("logs/web"), &place);
+    let mut pod = pod();
+    let with = |name, path| ContainerConfig { mounts: vec![mount(path, "/volume")], ..sleeping(name) };
+    let writer = pod.run_container(with("writer", part.path())).unwrap();
+    let reader = pod.run_container(with("reader", volume.path())).unwrap();
+
+    assert_eq!(script(&mut pod, &writer, TYPE), "tmpfs");
+    script(&mut pod, &writer, "echo line > /volume/log");
+    assert_eq!(script(&mut pod, &reader, "cat /volume/logs/web/log"), "line");
+    assert!(!volume.path().join("logs/web/log").exists(), "on the host");
+    // Somebody who writes to the whole cannot lead a part elsewhere.
+    script(&mut pod, &reader, "mv /volume/logs /volume/away && ln -s / /volume/logs");
+    let again = place.with_file_name("1");
+    fs::create_dir(&again).unwrap();
+    let again = HostMount::bind(&volume.path().join("logs/web"), &again);
+    let refusal = pod.run_container(with("misled", again.path())).expect_err("a link is in the way");
+    assert!(refusal.message().contains("part of a volume"), "{refusal}");
+}
+
+#[test]
 fn an_empty_dir_on_disk_is_a_directory_of_the_host() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     let volume = volume_dir(dir.path(), "empty-dir", "data");
