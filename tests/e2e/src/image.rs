@@ -30,16 +30,18 @@ impl Image {
         Self::make("groups", &[root.path()])
     }
 
-    /// An image of busybox with a symbolic link.
+    /// An image of busybox with symbolic links in its root.
     ///
     /// # Panics
     /// It cannot be made.
     #[track_caller]
-    pub fn with_link(link: &str, target: &str) -> Self {
+    pub fn with_links(links: &[(&str, &str)]) -> Self {
         let root = TempDir::new().expect("there is room for a directory");
         install_busybox(root.path());
-        symlink(target, root.path().join(link)).expect("links can be made");
-        Self::make("link", &[root.path()])
+        for (name, target) in links {
+            symlink(target, root.path().join(name)).expect("links can be made");
+        }
+        Self::make("links", &[root.path()])
     }
 
     /// An image with nothing in it.

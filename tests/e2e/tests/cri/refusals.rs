@@ -92,28 +92,28 @@ fn an_image_without_layers_is_an_empty_root() {
 
 #[test]
 fn a_link_where_a_volume_is_to_be_leads_nowhere_outside() {
-    const OUTSIDE: &str = "/var/tmp/mayu-e2e-outside";
+    let outside = tempfile::tempdir_in("/var/tmp").unwrap();
+    let outside = outside.path().to_str().unwrap();
+    let image = Image::with_links(&[
+        ("absolute", "/tmp"),
+        ("upwards", "../../../../../../../../tmp"),
+        ("outside", outside),
+    ]);
     let volume = tempfile::tempdir_in("/var/tmp").unwrap();
     fs::write(volume.path().join("file"), "of the volume").unwrap();
-    fs::create_dir(OUTSIDE).unwrap();
-    let untouched = || fs::read_dir(OUTSIDE).unwrap().next().is_none();
+    let with = |link: &str| ContainerConfig {
+        mounts: vec![mount(volume.path(), &format!("/{link}"))],
+        ..container(link, image.name(), &["sleep", "infinity"])
+    };
     let mut pod = pod();
-    for target in [OUTSIDE.to_owned(), format!("../../../../../../../..{OUTSIDE}")] {
-        let image = Image::with_link("data", &target);
-        let config = ContainerConfig {
-            mounts: vec![mount(volume.path(), "/data")],
-            ..container("one", image.name(), &["sleep", "infinity"])
-        };
-        let one = pod.run_container(config).unwrap();
-        // The link is followed as the container would.
-        assert_eq!(
-            script(&mut pod, &one, &format!("cat /data/file {OUTSIDE}/file")),
-            "of the volumeof the volume"
-        );
-        pod.remove_container(&one, 0).unwrap();
-        assert!(untouched(), "{target}");
+    for link in ["absolute", "upwards"] {
+        let one = pod.run_container(with(link)).unwrap();
+        // It is followed as the container would.
+        assert_eq!(script(&mut pod, &one, "cat /tmp/file"), "of the volume");
     }
-    fs::remove_dir(OUTSIDE).unwrap();
+    let refusal = pod.run_container(with("outside")).expect_err("what it leads to is not in the image");
+    assert!(refusal.message().contains(r#"destination: "/outside""#), "{refusal}");
+    assert!(fs::read_dir(outside).unwrap().next().is_none());
 }
 
 /// A pod with annotations.
