@@ -24,6 +24,8 @@ pub struct Config {
     pub vm: Vm,
     /// What a pod may ask for.
     pub annotations: Annotations,
+    /// What becomes of a pod that asks for what a guest has not.
+    pub security: Security,
     /// How long things may take.
     pub timeouts: Timeouts,
 }
@@ -34,6 +36,25 @@ pub struct Config {
 pub struct Annotations {
     /// Their names; others of mayu's are refused.
     pub allowed: Vec<String>,
+}
+
+/// What becomes of a pod that asks for what a guest has not.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Security {
+    /// Profiles of AppArmor and labels of SELinux, of which the guest has neither.
+    pub host_profiles: HostProfiles,
+}
+
+/// What is done about a profile that cannot be applied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HostProfiles {
+    /// The container runs without it, and a line in the log says so.
+    #[default]
+    Ignore,
+    /// The container does not run.
+    Refuse,
 }
 
 /// The machine that every pod gets.

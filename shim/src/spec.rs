@@ -9,6 +9,7 @@ use mayu_agent_api::SHARE_DIR;
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Spec};
 use slog::{Logger, info};
 
+use crate::config::{HostProfiles, Security};
 use crate::container::{PidNamespace, Role};
 use crate::devices::{self, BlockDevice};
 use crate::hooks::ContainerHooks;
@@ -207,16 +208,38 @@ fn add_files(spec: &mut Spec, files: &[(&'static str, PathBuf)], read_only: bool
     spec.set_mounts(Some(mounts));
 }
 
+/// What a process asks of the host's security modules: what it is called, and its name.
+fn host_profiles(process: &Process) -> impl Iterator<Item = (&'static str, &String)> {
+    let all = [
+        ("AppArmor profile", process.apparmor_profile().as_ref()),
+        ("SELinux label", process.selinux_label().as_ref()),
+    ];
+    let asked = |name: &&String| !matches!(name.as_str(), "" | "unconfined");
+    all.into_iter().filter_map(move |(what, name)| Some((what, name.filter(asked)?)))
+}
+
+/// Refuses a container whose process asks for what only the host has, where the operator wants that.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] with its name.
+pub fn check_profiles(spec: &Spec, security: &Security) -> Result<()> {
+    if security.host_profiles == HostProfiles::Ignore {
+        return Ok(());
+    }
+    match spec.process().iter().flat_map(host_profiles).next() {
+        Some((what, name)) => Err(Error::InvalidArgument(format!(
+            "{what} {name:?}: the guest can apply none, and the configuration file's security.host_profiles is \"refuse\""
+        ))),
+        None => Ok(()),
+    }
+}
+
 /// Takes out of a process what refers to the host: its security modules.
 pub fn rewrite_process(process: &mut Process, log: &Logger) {
-    if let Some(profile) = process.apparmor_profile().clone().filter(|profile| !profile.is_empty()) {
-        info!(log, "the AppArmor profile is not applied: the guest has no AppArmor"; "profile" => profile);
+    for (what, name) in host_profiles(process) {
+        info!(log, "not applied: the guest has neither AppArmor nor SELinux"; "what" => what, "name" => name);
     }
-    process.set_apparmor_profile(None);
-    if let Some(label) = process.selinux_label().clone().filter(|label| !label.is_empty()) {
-        info!(log, "the SELinux label is not applied: the guest has no SELinux"; "label" => label);
-    }
-    process.set_selinux_label(None);
+    process.set_apparmor_profile(None).set_selinux_label(None);
 }
 
 fn rewrite_linux(spec: &mut Spec, origin: Origin<'_>, log: &Logger) -> Result<Vec<BlockDevice>> {
@@ -428,6 +451,28 @@ mod tests {
         assert_eq!(guest.spec.hooks(), &None);
         let process = guest.spec.process().as_ref().unwrap();
         assert_eq!((process.apparmor_profile(), process.selinux_label()), (&None, &None));
+    }
+
+    #[test]
+    fn profiles_of_the_host_are_refused_where_the_operator_wants_that() {
+        let [ignore, refuse] =
+            [HostProfiles::Ignore, HostProfiles::Refuse].map(|host_profiles| Security { host_profiles });
+        for (key, name, refused) in [
+            ("apparmorProfile", "docker-default", true),
+            ("selinuxLabel", "svirt", true),
+            ("apparmorProfile", "unconfined", false),
+            ("selinuxLabel", "", false),
+        ] {
+            let mut spec = minimal(&json!({}), &json!([]));
+            spec["process"][key] = json!(name);
+            let spec = serde_json::from_value(spec).unwrap();
+            assert!(check_profiles(&spec, &ignore).is_ok(), "{name}");
+            let message = check_profiles(&spec, &refuse).err().map(|error| error.to_string());
+            assert_eq!(message.is_some(), refused, "{message:?}");
+            assert!(
+                message.is_none_or(|message| message.contains(name) && message.contains("host_profiles"))
+            );
+        }
     }
 
     #[test]

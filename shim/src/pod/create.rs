@@ -15,6 +15,7 @@ use slog::{Logger, info, o};
 use ttrpc::context::Context;
 
 use super::{Pod, Vm};
+use crate::config::Config;
 use crate::container::{Container, Role};
 use crate::hooks::Point;
 use crate::pod_spec::{Limits, PodSpec};
@@ -42,6 +43,7 @@ impl Pod {
         let pod = PodSpec::from_oci(&spec)?;
         let mut container = Container::new(&request.id, spec::role(&spec), bundle, endpoints);
         if container.role == Role::Workload {
+            spec::check_profiles(&spec, &Config::load_from(&self.roots.config)?.security)?;
             container.pid_namespace = self.pid_namespace(&spec)?;
             container.set_limits(Limits::of_container(&spec));
         }

@@ -60,6 +60,15 @@ fn memory_out_of_bounds_is_refused() {
 }
 
 #[test]
+fn profiles_of_the_host_are_refused_where_the_operator_wants_that() {
+    let mut bundle = Bundle::sh("echo runs");
+    bundle.spec["process"]["selinuxLabel"] = json!("system_u:system_r:svirt_t:s0");
+    assert_eq!(bundle.run().success().text(), "runs");
+    let _policy = Configuration::set("security", "host_profiles", "\"refuse\"");
+    assert_mentions(&refusal(&bundle), &["SELinux label", "svirt_t", "security.host_profiles"]);
+}
+
+#[test]
 fn a_guest_that_never_reports_in_fails_with_the_end_of_its_console() {
     let _arguments = Configuration::set("vm", "kernel_args", "\"init=/nonexistent\"");
     let _deadline = Configuration::set("timeouts", "boot", "20");
