@@ -264,12 +264,14 @@ impl Pod {
     }
 
     /// Ends the shim if no container is left, or what stood for the pod is gone: its client removes it last, and has
-    /// forgotten the others.
+    /// forgotten the others. A pod that was made with the Sandbox API is for [`Pod::shutdown_sandbox`] to end: containerd asks
+    /// for this one when its only container could not be created, and the pod is to have others.
     pub async fn shutdown(&self) {
         let over = {
             let state = self.lock();
             let stands_for_pod = state.containers.values().any(|container| container.role == Role::Pod);
-            state.containers.is_empty() || (state.had_pod_container && !stands_for_pod)
+            let of_containers = state.containers.is_empty() || (state.had_pod_container && !stands_for_pod);
+            of_containers && state.requested.is_none()
         };
         if !over {
             return;
