@@ -6,6 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
 use containerd_shim::Flags;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::setsid;
 use slog::{Logger, info};
 use tokio::signal::unix::{SignalKind, signal};
@@ -23,6 +24,9 @@ use crate::{Error, Result, log, sandbox_service, spec, state_dir, task};
 /// How long containerd has for taking the last answer and the last events.
 const FAREWELL: Duration = Duration::from_secs(2);
 
+/// How many descriptors the shim may have: each stream of a process is several, and a pod may have hundreds of containers.
+const DESCRIPTORS: u64 = 1 << 16;
+
 /// Serves until containerd asks for the shutdown or a signal ends it. The working directory is the bundle, standard
 /// input is the listening socket, standard error the bundle's log.
 ///
@@ -31,6 +35,7 @@ const FAREWELL: Duration = Duration::from_secs(2);
 pub async fn run(flags: &Flags) -> Result<()> {
     // Out of containerd's session and process group: it may be restarted and the pod must not notice.
     setsid().map_err(system("start a session"))?;
+    allow_descriptors();
     let bundle = env::current_dir().map_err(system("ask for the working directory"))?;
     let sandbox_id = spec::sandbox_id(&bundle, &flags.id)?;
     let log = log::logger(std::io::stderr(), &sandbox_id, flags.debug);
@@ -63,6 +68,14 @@ pub async fn run(flags: &Flags) -> Result<()> {
     let _ = timeout(FAREWELL, server.shutdown()).await;
     pod.events.flush(FAREWELL).await;
     Ok(())
+}
+
+/// Raises the limit of descriptors, whatever containerd was started with. Where that is forbidden, what there is has to do.
+fn allow_descriptors() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, hard.max(DESCRIPTORS))
+            .or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard.min(DESCRIPTORS), hard));
+    }
 }
 
 fn inherited_listener() -> Result<UnixListener> {
