@@ -67,7 +67,8 @@ fn read_only_bind_mounts_refuse_writes() {
     assert_eq!(fs::read_to_string(dir.path().join("file")).unwrap(), "kept");
 }
 
-/// Not by CRI: containerd 2.1 offers such mounts for runc alone, and a kubelet asks for nothing that is not offered.
+/// Not by CRI: containerd 2.1 offers such mounts for runc alone, whatever a shim tells of itself, and a kubelet asks for nothing
+/// that is not offered.
 #[test]
 fn a_recursively_read_only_mount_has_nothing_writable_below_it() {
     let dir = tempfile::tempdir().unwrap();
