@@ -109,6 +109,9 @@ impl Sandbox for SandboxService {
     ) -> ttrpc::Result<SandboxStatusResponse> {
         self.pod.check_id(&request.sandbox_id)?;
         let requested = self.pod.requested()?;
+        // A containerd that was killed while the pod started asks when it is back. To it, a pod that is not ready then
+        // never is.
+        requested.life.settled().await;
         let ready = requested.is_ready();
         Ok(SandboxStatusResponse {
             sandbox_id: request.sandbox_id,

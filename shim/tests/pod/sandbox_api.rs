@@ -103,6 +103,20 @@ async fn the_death_of_the_vm_is_that_of_the_pod() {
     shutdown(&host).await;
 }
 
+/// A containerd that was killed meanwhile asks when it is back, and believes the answer for good.
+#[tokio::test]
+async fn who_asks_while_the_pod_starts_is_told_how_that_ends() {
+    for (behaviour, answer) in [("", "SANDBOX_READY"), ("old-agent", "SANDBOX_NOTREADY")] {
+        let Some(host) = Host::new(behaviour).await else { return };
+        host.sandboxes.create_sandbox(cx(), &create_request()).await.unwrap();
+        assert_eq!(status(&host).await, "SANDBOX_NOTREADY");
+        let request = StartSandboxRequest { sandbox_id: POD.into(), ..Default::default() };
+        let (_, told) = tokio::join!(host.sandboxes.start_sandbox(cx(), &request), status(&host));
+        assert_eq!(told, answer);
+        shutdown(&host).await;
+    }
+}
+
 #[tokio::test]
 async fn what_does_not_fit_is_refused() {
     let Some(host) = Host::new("").await else { return };
