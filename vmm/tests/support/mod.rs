@@ -5,7 +5,7 @@
 pub mod payload;
 
 use std::fs::File;
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -190,10 +190,20 @@ impl Vmm {
     /// Waits until the process has closed its end of the control socket.
     pub fn wait_for_end(&mut self) {
         loop {
-            match receive(&self.socket) {
+            match self.receive() {
                 Ok(_) => {}
                 Err(mayu_vmm_api::Error::Closed) => return,
                 Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    /// The next message. A socket with a time-out gives up waiting when its thread is stopped and goes on (signal(7)).
+    fn receive(&self) -> Result<(Message, Vec<OwnedFd>), mayu_vmm_api::Error> {
+        loop {
+            match receive(&self.socket) {
+                Err(mayu_vmm_api::Error::Receive(error)) if error.kind() == ErrorKind::Interrupted => {}
+                other => return other,
             }
         }
     }
@@ -218,7 +228,7 @@ impl Vmm {
             return self.early.remove(position);
         }
         loop {
-            let (message, fds) = receive(&self.socket).unwrap_or_else(|error| {
+            let (message, fds) = self.receive().unwrap_or_else(|error| {
                 panic!("{error}; the machine said:\n{:?}\n{}", self.early, self.console())
             });
             if wanted(&message) {
