@@ -24,6 +24,7 @@ use k8s_cri::v1::{
     LinuxPodSandboxConfig, Mount,
 };
 use mayu_e2e::cri::{Cri, Pod, container};
+use mayu_e2e::host::Traces;
 use mayu_e2e::shim::eventually;
 use mayu_e2e::{BUSYBOX, Outcome};
 
@@ -42,6 +43,16 @@ fn sleeping(name: &str) -> ContainerConfig {
 #[track_caller]
 fn idle(pod: &mut Pod, name: &str) -> String {
     pod.run_container(sleeping(name)).unwrap()
+}
+
+/// What there is on the host, for a pod that is to leave nothing. The first pod and the first container leave directories of
+/// containerd's own.
+#[track_caller]
+fn traces() -> Traces {
+    let mut first = pod();
+    idle(&mut first, "first");
+    first.remove().unwrap();
+    Traces::now()
 }
 
 /// A container of busybox that runs a script.

@@ -9,11 +9,10 @@ use std::thread;
 
 use k8s_cri::v1::LinuxPodSandboxConfig;
 use mayu_e2e::cri::{Cri, Pod, pod_config};
-use mayu_e2e::host::Traces;
 use mayu_e2e::shim::eventually;
 use mayu_e2e::{BUSYBOX, PATIENCE, run};
 
-use super::{idle, pod, script};
+use super::{idle, pod, script, traces};
 
 /// The address of the host on the pods' bridge: the first of the subnet in the lab's CNI configuration.
 const HOST: &str = "10.88.0.1";
@@ -202,8 +201,7 @@ impl Drop for Plugin {
 
 #[test]
 fn a_cni_that_gives_no_address_fails_the_pod_and_leaves_nothing() {
-    drop(pod());
-    let before = Traces::now();
+    let before = traces();
     let run = || Cri::connect(&[BUSYBOX]).run_pod(LinuxPodSandboxConfig::default());
     {
         let _plugin = Plugin::answering(r#"{"cniVersion": "1.0.0"}"#);

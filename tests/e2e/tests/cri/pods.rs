@@ -10,10 +10,10 @@ use k8s_cri::v1::{
 };
 use mayu_e2e::BUSYBOX;
 use mayu_e2e::cri::{Cri, container, private};
-use mayu_e2e::host::{Traces, processes_named};
+use mayu_e2e::host::processes_named;
 use mayu_e2e::shim::eventually;
 
-use super::{idle, pod, script};
+use super::{idle, pod, script, traces};
 
 #[test]
 fn the_containers_of_a_pod_share_a_machine_its_name_and_its_loopback() {
@@ -155,9 +155,7 @@ fn a_probe_that_takes_too_long_is_ended() {
 
 #[test]
 fn a_pod_that_is_removed_leaves_nothing() {
-    // The first pod leaves containerd's directories.
-    drop(pod());
-    let before = Traces::now();
+    let before = traces();
     for _ in 0..3 {
         let mut pod = pod();
         let (one, _) = (idle(&mut pod, "one"), idle(&mut pod, "other"));

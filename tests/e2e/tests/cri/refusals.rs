@@ -10,21 +10,19 @@ use k8s_cri::v1::{
 };
 use mayu_e2e::configuration::Configuration;
 use mayu_e2e::cri::{Cri, Pod, by_sandbox_api, container, pod_config};
-use mayu_e2e::host::{Traces, processes_named};
+use mayu_e2e::host::processes_named;
 use mayu_e2e::image::Image;
 use mayu_e2e::{BUSYBOX, run};
 use tonic::Status;
 
-use super::{idle, mount, pod, script, sleeping};
+use super::{idle, mount, pod, script, sleeping, traces};
 
 /// How many containers one pod is given, unless the environment says otherwise.
 const CONTAINERS: usize = 30;
 
 #[test]
 fn a_pod_that_wants_the_namespaces_of_its_host_is_refused_and_leaves_nothing() {
-    // The first pod leaves containerd's directories.
-    drop(pod());
-    let before = Traces::now();
+    let before = traces();
     let node = NamespaceMode::Node.into();
     for (options, field) in [
         (NamespaceOption { network: node, ..Default::default() }, "hostNetwork"),
@@ -145,9 +143,7 @@ fn annotations_that_nobody_knows_change_nothing() {
 
 #[test]
 fn annotations_of_mayu_do_what_the_operator_allows_and_no_more() {
-    // The first pod leaves containerd's directories.
-    drop(pod());
-    let before = Traces::now();
+    let before = traces();
     let run = |name: &str, value: &str| annotated(HashMap::from([(name.to_owned(), value.to_owned())]));
     let refused = |name: &str, value: &str, reason: &str| {
         let refusal = run(name, value).map(|pod| pod.id().to_owned()).expect_err(name);
@@ -173,8 +169,7 @@ fn annotations_of_mayu_do_what_the_operator_allows_and_no_more() {
 #[test]
 fn many_containers_fit_into_one_pod() {
     let count = std::env::var("MAYU_TEST_CONTAINERS").map_or(CONTAINERS, |text| text.parse().unwrap());
-    drop(pod());
-    let before = Traces::now();
+    let before = traces();
     let mut pod = pod();
     let machines = processes_named("mayu-vmm").len();
 

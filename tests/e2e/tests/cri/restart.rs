@@ -6,7 +6,7 @@ use std::time::Duration;
 use k8s_cri::v1::{LinuxPodSandboxConfig, PodSandboxConfig};
 use mayu_e2e::BUSYBOX;
 use mayu_e2e::cri::{Cri, Pod, container, pod_config};
-use mayu_e2e::host::{Traces, processes_named, without_containerd};
+use mayu_e2e::host::{processes_named, without_containerd};
 use mayu_e2e::shim::eventually;
 
 /// A pod on its way, as far as a request has brought it.
@@ -87,9 +87,7 @@ fn remove_all(config: &PodSandboxConfig) {
 }
 
 fn killed_in(request: Request) {
-    // The first pod leaves containerd's directories.
-    drop(super::pod());
-    let before = Traces::now();
+    let before = super::traces();
     let scene = request.prepare();
     let cri = Cri::connect(&[]);
     thread::scope(|scope| {

@@ -5,11 +5,10 @@ use std::net::{SocketAddr, TcpStream};
 
 use k8s_cri::v1::{ContainerConfig, LinuxContainerResources, Mount};
 use mayu_e2e::cri::{Cri, Pod, container};
-use mayu_e2e::host::Traces;
 use mayu_e2e::shim::eventually;
 use mayu_e2e::{BUSYBOX, NGINX, PATIENCE, PYTHON, REDIS};
 
-use super::script;
+use super::{script, traces};
 
 /// Counts visits in redis, and writes a page for nginx with what both say.
 const CLIENT: &str = r"
@@ -55,9 +54,7 @@ fn redis(name: &str) -> ContainerConfig {
 
 #[test]
 fn three_containers_serve_together_and_one_may_restart() {
-    // The first pod leaves containerd's directories.
-    drop(super::pod());
-    let before = Traces::now();
+    let before = traces();
     let mut pod = Cri::connect(&[BUSYBOX, NGINX, REDIS, PYTHON]).run_pod(Default::default()).unwrap();
     let pages = tempfile::tempdir().unwrap();
     let web = ContainerConfig {
