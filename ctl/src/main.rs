@@ -1,6 +1,7 @@
 //! `mayu`, the operator's command.
 
 mod check;
+mod policy;
 
 use std::process::ExitCode;
 
@@ -18,10 +19,13 @@ struct Cli {
 enum Command {
     /// Tells whether this host can run pods with mayu, and what to do where it cannot.
     Check(check::Args),
+    /// Tries, tests and records policies: what a pod may be.
+    Policy(policy::Args),
 }
 
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Check(args) => check::run(&args),
+        Command::Policy(args) => policy::run(&args),
     }
 }

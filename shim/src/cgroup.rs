@@ -1,7 +1,8 @@
 //! The pod's cgroup on the host. The VMM lives in it, so the host accounts for what the pod really uses.
 
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
-use std::{fs, io};
 
 use rustix::fs::{XattrFlags, getxattr, setxattr};
 
@@ -10,6 +11,9 @@ use crate::error::file;
 
 /// Where the host's cgroup v2 hierarchy is mounted.
 pub const MOUNT: &str = "/sys/fs/cgroup";
+
+/// How many threads a VMM may have, several times what the largest machine needs.
+const MAX_THREADS: &str = "512";
 
 /// Tells the cgroups that a pod has made from those of the kubelet or of systemd.
 const MADE_BY_MAYU: &str = "user.mayu";
@@ -44,6 +48,7 @@ fn scope(prefix: &str, name: &str) -> String {
 pub fn enter(directory: &Path, pid: i32) -> Result<()> {
     // Another pod that ends may take a common parent away just now.
     let result = make(directory).or_else(|_| make(directory)).and_then(|()| {
+        bound_threads(directory);
         let procs = directory.join("cgroup.procs");
         fs::write(&procs, pid.to_string()).map_err(file("move the VMM into", procs))
     });
@@ -56,6 +61,8 @@ pub fn enter(directory: &Path, pid: i32) -> Result<()> {
 fn make(directory: &Path) -> Result<()> {
     if let Some(parent) = directory.parent().filter(|parent| !parent.exists()) {
         make(parent)?;
+        // Threads are counted below it, if they are counted in it; those who make a cgroup for a pod see to that themselves.
+        write(&parent.join("cgroup.subtree_control"), "+pids");
     }
     match fs::create_dir(directory) {
         // Where it cannot be marked, it stays behind empty, which does no harm.
@@ -66,12 +73,28 @@ fn make(directory: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Only in a cgroup of the pod's own; where there is no controller for it, the VMM's filters have to do.
+fn bound_threads(directory: &Path) {
+    if is_made_by_mayu(directory) {
+        write(&directory.join("pids.max"), MAX_THREADS);
+    }
+}
+
+/// Writes to a file of a cgroup, where it is there and takes it.
+fn write(path: &Path, text: &str) {
+    let file = OpenOptions::new().write(true).open(path);
+    let _ = file.and_then(|mut file| file.write_all(text.as_bytes()));
+}
+
+fn is_made_by_mayu(directory: &Path) -> bool {
+    getxattr(directory, MADE_BY_MAYU, &mut [0; 1]).is_ok()
+}
+
 /// Removes the pod's cgroup, and its parents as far as a pod has made them and nothing else uses them: the last pod
 /// takes away what the first one made.
 pub fn remove(directory: &Path) {
     for directory in directory.ancestors() {
-        let made_by_mayu = getxattr(directory, MADE_BY_MAYU, &mut [0; 1]).is_ok();
-        if !made_by_mayu || fs::remove_dir(directory).is_err() {
+        if !is_made_by_mayu(directory) || fs::remove_dir(directory).is_err() {
             break;
         }
     }

@@ -8,6 +8,7 @@ use mayu_vmm_api::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
 use serde::Deserialize;
 
 use crate::annotations::ALL;
+use crate::rates::{MAX_BURST_MS, Rates};
 use crate::{Error, Result};
 
 /// The configuration file, unless [`PATH_VARIABLE`] names another.
@@ -20,8 +21,12 @@ pub const PATH_VARIABLE: &str = "MAYU_CONFIG";
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
+    /// The policy that decides what a pod may be; all may be where there is none.
+    pub policy: Option<PathBuf>,
     /// The machine that every pod gets.
     pub vm: Vm,
+    /// What a pod's devices may carry.
+    pub limits: Rates,
     /// What a pod may ask for.
     pub annotations: Annotations,
     /// What becomes of a pod that asks for what a guest has not.
@@ -77,8 +82,8 @@ pub struct Vm {
     pub max_vcpus: u8,
     /// How much memory a VM may grow to while it runs, in MiB.
     pub max_memory_mib: u32,
-    /// The uid and gid that the VMM runs as.
-    pub uid: u32,
+    /// The uids that VMMs run as, each pod's as one of its own.
+    pub uids: Uids,
 }
 
 impl Default for Vm {
@@ -92,8 +97,34 @@ impl Default for Vm {
             memory_mib: 256,
             max_vcpus: 4,
             max_memory_mib: 4096,
-            uid: 64646,
+            uids: Uids::default(),
         }
+    }
+}
+
+/// A range of uids, which are gids as well. The default is one that nobody else gives out: what systemd leaves unused
+/// (`docs/UIDS-GIDS.md` there) above its containers' (up to 1879048191), and in it above the users that SSSD and FreeIPA
+/// make of a directory's (up to 2000200000), below systemd's images of others (0x7ffe0000) and below 2³¹, which not every program can
+/// count to. The subordinate ids of users and of a kubelet's pods are far below.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Uids {
+    /// The first one.
+    pub first: u32,
+    /// How many there are, and how many pods at once.
+    pub count: u32,
+}
+
+impl Default for Uids {
+    fn default() -> Self {
+        Self { first: 0x7f00_0000, count: 4096 }
+    }
+}
+
+impl Uids {
+    /// All of them, in order.
+    pub fn range(self) -> std::ops::Range<u32> {
+        self.first..self.first.saturating_add(self.count)
     }
 }
 
@@ -103,8 +134,10 @@ impl Default for Vm {
 pub struct Timeouts {
     /// From the start of the VMM until the agent has reported in.
     pub boot: u64,
-    /// One request to the VMM or the agent.
+    /// One request to the VMM or the agent, and one decision of the policy.
     pub request: u64,
+    /// How often the guest is asked for a sign of life; one that gives none within `request` is ended. 0 is never.
+    pub health: u64,
     /// How long an exit waits for the process's output to be read.
     pub stdio_drain: u64,
     /// How long the guest has for writing everything back.
@@ -113,7 +146,7 @@ pub struct Timeouts {
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self { boot: 20, request: 30, stdio_drain: 2, shutdown: 2 }
+        Self { boot: 20, request: 30, health: 60, stdio_drain: 2, shutdown: 2 }
     }
 }
 
@@ -126,6 +159,11 @@ impl Timeouts {
     /// [`Timeouts::request`].
     pub fn request(&self) -> Duration {
         Duration::from_secs(self.request)
+    }
+
+    /// [`Timeouts::health`], where it is not never.
+    pub fn health(&self) -> Option<Duration> {
+        (self.health > 0).then(|| Duration::from_secs(self.health))
     }
 
     /// [`Timeouts::stdio_drain`].
@@ -190,7 +228,10 @@ impl Config {
 
     /// Checks what can be checked without looking at the host; gives the offending key and the reason.
     fn check(&self) -> std::result::Result<(), (&'static str, String)> {
-        let Vm { vcpus, memory_mib, max_vcpus, max_memory_mib, uid, .. } = self.vm;
+        if let Some(path) = self.policy.as_ref().filter(|path| !path.is_absolute()) {
+            return Err(("policy", format!("{} is not an absolute path", path.display())));
+        }
+        let Vm { vcpus, memory_mib, max_vcpus, max_memory_mib, uids, .. } = self.vm;
         if !(1..=MAX_VCPUS).contains(&vcpus) {
             return Err(("vcpus", format!("{vcpus} is not between 1 and {MAX_VCPUS}")));
         }
@@ -206,8 +247,16 @@ impl Config {
             let reason = format!("{max_memory_mib} is not between {MIN_MEMORY_MIB} and {MAX_MEMORY_MIB}");
             return Err(("max_memory_mib", reason));
         }
-        if uid == 0 {
-            return Err(("uid", "the VMM must not run as root".into()));
+        if uids.first == 0 {
+            return Err(("uids", "the VMM must not run as root".into()));
+        }
+        // The last uid of all stands for none: setresuid(2).
+        if uids.count == 0 || uids.first.checked_add(uids.count).is_none() {
+            return Err(("uids", format!("{} uids from {} on cannot be", uids.count, uids.first)));
+        }
+        let burst = self.limits.burst_ms;
+        if !(1..=MAX_BURST_MS).contains(&burst) {
+            return Err(("burst_ms", format!("{burst} is not between 1 and {MAX_BURST_MS}")));
         }
         for (key, path) in [("vmm", &self.vm.vmm), ("kernel", &self.vm.kernel), ("image", &self.vm.image)] {
             if !path.is_absolute() {
@@ -277,8 +326,18 @@ mod tests {
             ("[vm]\nvcpus = 33\n", ": line 2: ", "vcpus: 33"),
             ("[vm]\nvcpus = 5\nmax_vcpus = 33\n", ": line 3: ", "max_vcpus: 33"),
             ("[vm]\nmax_memory_mib = 63\n", ": line 2: ", "max_memory_mib: 63"),
-            ("[vm]\nuid = 0\n", ": line 2: ", "uid"),
+            ("[vm]\nuids = { first = 0 }\n", ": line 2: ", "root"),
+            ("[vm]\nuids = { count = 0 }\n", ": line 2: ", "0 uids"),
+            ("[vm]\nuids = { first = 4294967295, count = 1 }\n", ": line 2: ", "4294967295"),
+            ("[vm]\nuids = { last = 7 }\n", ": line 2: ", "last"),
+            ("\npolicy = \"policy.rego\"\n", ": line 2: ", "policy: policy.rego"),
+            ("policy = \"\"\n", ": line 1: ", "policy"),
             ("[vm]\nkernel = \"vmlinux\"\n", ": line 2: ", "kernel: vmlinux"),
+            ("[limits]\nnet_bandwidth = \"ten\"\n", ": line 2: ", "\"ten\" is not a whole number"),
+            ("[limits]\n\nblock_operations = \"0\"\n", ": line 3: ", "\"0\""),
+            ("[limits]\nnet_packets = 1000\n", ": line 2: ", "string"),
+            ("[limits]\nburst_ms = 0\n", ": line 2: ", "burst_ms: 0"),
+            ("[limits]\nburst_ms = 60001\n", ": line 2: ", "burst_ms: 60001"),
             ("[timeouts]\nboot = 0\n", ": line 2: ", "boot"),
             ("[timeouts]\nboot = -1\n", ": line 2: ", "-1"),
             ("[annotations]\nallowed = [\"io.mayu.root\"]\n", ": line 2: ", "io.mayu.root"),

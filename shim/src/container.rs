@@ -3,9 +3,11 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use mayu_agent_api::{CONTAINER_PID_NAMESPACE, POD_PID_NAMESPACE};
 
+use crate::admission::Subject;
 use crate::hooks::ContainerHooks;
 use crate::pod_spec::Limits;
 use crate::process::Process;
@@ -14,6 +16,9 @@ use crate::{Error, Result, id};
 
 /// The most execs of one container at a time.
 const MAX_EXECS: usize = 4096;
+
+/// The shortest time between two events that tell of a lack of memory in one container: the guest may tell of as many as it wants.
+const OOM_PAUSE: Duration = Duration::from_secs(1);
 
 /// What a container is to its pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +62,8 @@ pub struct Container {
     pub role: Role,
     /// containerd's directory for it.
     pub bundle: PathBuf,
+    /// What a policy knows of it.
+    pub subject: Subject,
     /// Whose processes it sees.
     pub pid_namespace: PidNamespace,
     /// Programs of the host that its client wants run.
@@ -66,6 +73,8 @@ pub struct Container {
     /// Its first process.
     pub init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
+    /// When containerd was last told of a lack of memory.
+    last_oom: Mutex<Option<Instant>>,
 }
 
 impl Container {
@@ -75,12 +84,24 @@ impl Container {
             id: id.into(),
             role,
             bundle: bundle.into(),
+            subject: Subject::default(),
             pid_namespace: PidNamespace::Own,
             hooks: OnceLock::new(),
             limits: Mutex::default(),
             init: Arc::new(Process::new(id, "", endpoints)),
             execs: Mutex::default(),
+            last_oom: Mutex::default(),
         }
+    }
+
+    /// A lack of memory has ended one of its processes. Says whether containerd is to be told, which it was not just `now`.
+    pub fn notice_oom(&self, now: Instant) -> bool {
+        let mut last = self.last_oom.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = last.is_none_or(|last| now.saturating_duration_since(last) >= OOM_PAUSE);
+        if due {
+            *last = Some(now);
+        }
+        due
     }
 
     /// What it may use.
@@ -155,6 +176,15 @@ impl Container {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn containerd_hears_of_a_lack_of_memory_at_once_and_then_now_and_then() {
+        let container = Container::new("c", Role::Workload, Path::new("/b"), Endpoints::default());
+        let start = Instant::now();
+        let told =
+            [0, 1, 999, 1000, 1500, 2000].map(|ms| container.notice_oom(start + Duration::from_millis(ms)));
+        assert_eq!(told, [true, false, false, true, false, true]);
+    }
 
     #[test]
     fn execs_are_found_by_id_and_only_once() {

@@ -13,8 +13,8 @@ use protobuf::{Message, MessageField};
 use crate::pidfd::PidFd;
 use crate::process::KILLED;
 use crate::start::{ADDRESS_FILE, socket_path, unlink_socket};
-use crate::state_dir::{self, StateDir};
-use crate::{Error, Result, cgroup, id, spec, storage};
+use crate::state_dir::{self, Record, StateDir};
+use crate::{Error, Result, cgroup, id, spec, storage, uids};
 
 /// How long a killed VMM may take for its end.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -90,8 +90,12 @@ pub fn make_anew(dir: &StateDir) -> Result<()> {
 }
 
 fn remove(dir: &StateDir) -> Result<()> {
-    if let Some(directory) = dir.read_record().and_then(|record| record.cgroup) {
+    let Record { cgroup, uid, .. } = dir.read_record().unwrap_or_default();
+    if let Some(directory) = cgroup {
         cgroup::remove(&directory);
+    }
+    if let Some(uid) = uid {
+        uids::clear(dir.root(), uid, PATIENCE);
     }
     dir.remove()
 }
@@ -127,7 +131,6 @@ pub fn start_time(pid: i32) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state_dir::Record;
     use std::os::unix::net::UnixListener;
     use std::process::{Command, Stdio};
 
@@ -172,6 +175,17 @@ mod tests {
         drop(shim);
         clean_up(&dir, "c", false, &socket).unwrap();
         assert!(!child.wait().unwrap().success() && !socket.exists());
+    }
+
+    #[test]
+    fn what_a_dead_pod_had_is_free_again() {
+        let (root, dir) = dir();
+        let uid = crate::config::Uids::default().first;
+        let lease = root.path().join(format!("uid:{uid}"));
+        fs::write(&lease, "ns/pod").unwrap();
+        dir.write_record(&Record { uid: Some(uid), ..Default::default() }).unwrap();
+        remove(&dir).unwrap();
+        assert!(!lease.exists() && !dir.path().exists());
     }
 
     #[test]

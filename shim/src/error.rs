@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use ttrpc::{Code, Status};
 
+use crate::config::Uids;
+
 /// An operation of the shim that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -88,6 +90,17 @@ pub enum Error {
     AmbiguousTarget {
         /// The containers that it could be.
         candidates: Vec<String>,
+    },
+    /// The operator's policy cannot be used, so nothing is allowed.
+    #[error(transparent)]
+    Policy(#[from] mayu_policy::Error),
+    /// The operator's policy is against it.
+    #[error("denied by policy {}: {reasons}", policy.display())]
+    Denied {
+        /// The file.
+        policy: PathBuf,
+        /// Rules, fields and values, in bounded length.
+        reasons: String,
     },
     /// A request with an argument that cannot be.
     #[error("{0}")]
@@ -185,6 +198,17 @@ pub enum Error {
         pid: u32,
         /// Why.
         reason: String,
+    },
+    /// There are more pods than uids for their VMMs.
+    #[error(
+        "all {} uids from {} on are in use, each by the VMM of a pod ({}/uid:* name them); raise vm.uids.count in the configuration file",
+        uids.count, uids.first, root.display()
+    )]
+    NoUid {
+        /// The configured range.
+        uids: Uids,
+        /// Where the leases are.
+        root: PathBuf,
     },
     /// The machine as configured does not fit this host.
     #[error("{0}")]
@@ -293,7 +317,7 @@ fn console_tail(console: &str) -> String {
 
 impl Error {
     /// The one place where a failure becomes an RPC code. containerd acts on NotFound, AlreadyExists,
-    /// FailedPrecondition, InvalidArgument, Unimplemented and DeadlineExceeded; the rest is Internal.
+    /// FailedPrecondition, InvalidArgument, Unimplemented and DeadlineExceeded, and shows PermissionDenied; the rest is Internal.
     pub fn code(&self) -> Code {
         match self {
             Self::InvalidId { .. }
@@ -312,9 +336,12 @@ impl Error {
             | Self::NoSandbox
             | Self::AmbiguousTarget { .. }
             | Self::Config { .. }
+            | Self::Policy(_)
             | Self::HostFile { .. }
             | Self::NetworkNamespace { .. }
+            | Self::NoUid { .. }
             | Self::Machine(_) => Code::FAILED_PRECONDITION,
+            Self::Denied { .. } => Code::PERMISSION_DENIED,
             Self::Unimplemented(_) | Self::NoProcess { .. } => Code::UNIMPLEMENTED,
             Self::BootTimeout { .. } | Self::AgentTimeout { .. } => Code::DEADLINE_EXCEEDED,
             Self::Vmm(mayu_vmm_api::Error::Timeout { .. }) => Code::DEADLINE_EXCEEDED,
@@ -372,6 +399,8 @@ mod tests {
             (Error::AlreadyExists { kind: "exec", id: id() }, Code::ALREADY_EXISTS),
             (Error::WrongState { operation: "start", state: "running" }, Code::FAILED_PRECONDITION),
             (Error::SandboxGone(id()), Code::FAILED_PRECONDITION),
+            (Error::Policy(mayu_policy::Error::Parse(id())), Code::FAILED_PRECONDITION),
+            (Error::Denied { policy: "/p".into(), reasons: id() }, Code::PERMISSION_DENIED),
             (Error::Unimplemented("checkpoint"), Code::UNIMPLEMENTED),
             (Error::BootTimeout { seconds: 1, console: id() }, Code::DEADLINE_EXCEEDED),
             (Error::AgentTimeout { operation: "start", seconds: 1 }, Code::DEADLINE_EXCEEDED),

@@ -1,6 +1,7 @@
 //! The ends of processes: what the agent tells, published once and in order.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use mayu_agent_api::sandbox::{self, event::Event};
@@ -55,9 +56,10 @@ fn process_ended(pod: &Arc<Pod>, sandbox: &Arc<Sandbox>, container_id: &str, exe
         Ok((container, process))
     });
     match found {
-        Ok((container, process)) => {
+        Ok((container, process)) if process.end_told() => {
             tokio::spawn(finish(pod.clone(), sandbox.clone(), container, process, status));
         }
+        Ok(_) => debug!(pod.log, "a process ended again"; "container" => container_id, "process" => exec_id),
         // A process that was deleted meanwhile, or one that the guest made up.
         Err(error) => debug!(pod.log, "an unknown process ended"; "error" => error.to_string()),
     }
@@ -65,7 +67,9 @@ fn process_ended(pod: &Arc<Pod>, sandbox: &Arc<Sandbox>, container_id: &str, exe
 
 fn out_of_memory(pod: &Pod, container_id: &str) {
     // Only of a container that is there: the id comes from the guest.
-    if let Ok(container) = pod.container(container_id) {
+    if let Ok(container) = pod.container(container_id)
+        && container.notice_oom(Instant::now())
+    {
         pod.events.publish(TaskOOM { container_id: container.id.clone(), ..Default::default() });
     }
 }

@@ -6,8 +6,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
 use nix::libc::{
-    AT_EMPTY_PATH, AT_RECURSIVE, MOUNT_ATTR_RDONLY, MS_PRIVATE, MS_SLAVE, SYS_mount_setattr, c_uint,
-    mount_attr, syscall,
+    AT_EMPTY_PATH, AT_RECURSIVE, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY,
+    MS_PRIVATE, MS_SLAVE, SYS_mount_setattr, c_uint, mount_attr, syscall,
 };
 
 /// What is mounted where something else is, later.
@@ -47,6 +47,16 @@ pub fn set_propagation(tree: &impl AsFd, propagation: Propagation) -> io::Result
 pub fn set_read_only(tree: &impl AsFd, depth: Depth) -> io::Result<()> {
     let attributes = mount_attr { attr_set: MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
     set(tree, depth, &attributes)
+}
+
+/// Makes a mount and those below it harmless to whoever serves them to a guest: there are no devices on it, and programs are
+/// not executed. What the guest does with its files is not touched by that.
+///
+/// # Errors
+/// The kernel's.
+pub fn set_inert(tree: &impl AsFd) -> io::Result<()> {
+    let inert = MOUNT_ATTR_NODEV | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC;
+    set(tree, Depth::AllBelow, &mount_attr { attr_set: inert, attr_clr: 0, propagation: 0, userns_fd: 0 })
 }
 
 fn set(tree: &impl AsFd, depth: Depth, attributes: &mount_attr) -> io::Result<()> {

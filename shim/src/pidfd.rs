@@ -11,6 +11,9 @@ use rustix::process::{
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+/// The signal that ends a process for a system call that its filter forbids.
+const SIGSYS: i32 = Signal::SYS.as_raw();
+
 /// A process.
 #[derive(Debug)]
 pub struct PidFd(OwnedFd);
@@ -42,6 +45,9 @@ impl PidFd {
         match waitid(WaitId::PidFd(self.0.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
             Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
                 (Some(code), _) => format!("exit status {code}"),
+                (None, Some(SIGSYS)) => {
+                    "a system call that seccomp forbids; the kernel's log names it".into()
+                }
                 (None, Some(signal)) => format!("signal {signal}"),
                 (None, None) => "unknown status".into(),
             },

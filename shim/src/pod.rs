@@ -17,14 +17,14 @@ use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
 use ttrpc::context::Context;
 
-use crate::config::Config;
+use crate::admission::Admission;
 use crate::container::{Container, PidNamespace, Role};
 use crate::events::Events;
 use crate::pod_spec::{Limits, PodSpec, Size};
 use crate::sandbox::{Blueprint, Sandbox};
 use crate::state_dir::StateDir;
 use crate::storage::{self, Storage};
-use crate::{Error, Result, annotations, exits, id, spec};
+use crate::{Error, Result, exits, id, spec};
 
 pub use api::Requested;
 
@@ -56,6 +56,8 @@ pub struct Pod {
 #[derive(Debug, Default)]
 struct PodState {
     vm: Vm,
+    /// Set when the pod is first asked for.
+    admission: Option<Arc<Admission>>,
     /// Set where the pod was made with the Sandbox API.
     requested: Option<Arc<Requested>>,
     containers: HashMap<String, Arc<Container>>,
@@ -125,6 +127,25 @@ impl Pod {
         }
     }
 
+    /// What decides over the pod. `spec` is what the pod is to be unless it was made with the Sandbox API.
+    fn admission(&self, spec: &PodSpec) -> Result<Arc<Admission>> {
+        let requested = {
+            let state = self.lock();
+            if let Some(admission) = &state.admission {
+                return Ok(admission.clone());
+            }
+            state.requested.clone()
+        };
+        let spec = requested.as_ref().map_or(spec, |requested| &requested.spec);
+        let admission = Admission::load(&self.roots.config, &self.namespace, &self.id, spec)?;
+        Ok(self.lock().admission.get_or_insert(Arc::new(admission)).clone())
+    }
+
+    /// What has decided over the pod.
+    fn decided(&self) -> Result<Arc<Admission>> {
+        self.lock().admission.clone().ok_or(Error::NoSandbox)
+    }
+
     /// The pid that containerd is told, 0 without a VM.
     pub fn pid(&self) -> u32 {
         self.sandbox().map(|sandbox| sandbox.pid()).unwrap_or_default()
@@ -163,10 +184,11 @@ impl Pod {
     }
 
     async fn boot(self: &Arc<Self>, storage: Option<Storage>, spec: PodSpec) -> Result<Arc<Sandbox>> {
-        let mut config = Config::load_from(&self.roots.config)?;
-        config.vm = annotations::apply(&config, &spec.annotations)?;
+        let admission = self.admission(&spec)?;
+        let config = admission.config.clone();
         let size = spec.limits.size(&config.vm);
         check_memory(size)?;
+        admission.decide(|| admission.pod(size))?;
         let dir = StateDir::new(&self.roots.state, &self.namespace, &self.id)?;
         let made = dir.clone();
         blocking(move || crate::delete::make_anew(&made)).await?;
@@ -234,7 +256,7 @@ impl Pod {
     /// Changes what a container may use; the VM grows before it, and shrinks after it.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for limits that cannot be read, or what the VM or the agent cannot do.
+    /// [`Error::InvalidArgument`] for limits that cannot be read, [`Error::Denied`], or what the VM or the agent cannot do.
     pub async fn update(&self, container: &Container, mut request: UpdateTaskRequest) -> Result<()> {
         let sandbox = self.running_sandbox()?;
         let malformed = |error: serde_json::Error| Error::InvalidArgument(format!("resources: {error}"));
@@ -245,6 +267,9 @@ impl Pod {
         let (before, needed) = (container.limits(), self.limits());
         container.set_limits(before.updated(&resources));
         let update = async {
+            let admission = self.decided()?;
+            let size = sandbox.size_for(self.limits());
+            admission.decide(|| admission.resize(&container.subject, &resources, size))?;
             sandbox.fit(self.limits().max(needed)).await?;
             let update = async |task: TaskClient| task.update(Context::default(), &request).await;
             sandbox.agent.task("update resources", update).await

@@ -1,7 +1,7 @@
 //! What a pod is to be, from whichever of containerd's two descriptions there is: the OCI spec of its first container, or
 //! the Kubernetes pod that comes with the Sandbox API.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
@@ -13,7 +13,7 @@ use crate::annotations::{self, Annotations};
 use crate::config::Vm;
 use crate::container::Role;
 use crate::cri::{DNSConfig, NamespaceMode, NamespaceOption, PodSandboxConfig};
-use crate::spec::{annotation, role};
+use crate::spec::{SANDBOX_ID, annotation, role};
 use crate::{Error, Result};
 
 /// The type under which containerd hands over a Kubernetes pod.
@@ -25,6 +25,11 @@ const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 
 /// The sum of the containers' memory limits, in bytes.
 const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+
+/// What the pod is called in Kubernetes.
+const SANDBOX_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
+const SANDBOX_NAME: &str = "io.kubernetes.cri.sandbox-name";
+const SANDBOX_UID: &str = "io.kubernetes.cri.sandbox-uid";
 
 /// The kernel's period of CPU bandwidth control, in microseconds.
 const DEFAULT_PERIOD: i64 = 100_000;
@@ -45,6 +50,8 @@ pub struct PodSpec {
     pub limits: Limits,
     /// What it asks for itself.
     pub annotations: Annotations,
+    /// What a policy sees of it.
+    pub about: mayu_policy::Pod,
     /// Files that a client which does not write them itself leaves to the shim.
     pub files: Vec<PodFile>,
 }
@@ -74,6 +81,12 @@ impl Size {
     }
 }
 
+impl From<Size> for mayu_policy::Size {
+    fn from(Size { vcpus, memory_mib }: Size) -> Self {
+        Self { vcpus, memory_mib }
+    }
+}
+
 /// A small file that every container of the pod gets unless it has a mount there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodFile {
@@ -95,13 +108,15 @@ impl PodSpec {
             .and_then(|linux| linux.namespaces().as_ref())
             .and_then(|all| all.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Network))
             .and_then(|namespace| namespace.path().clone());
+        let sysctls = linux
+            .filter(|_| role(spec) == Role::Pod)
+            .and_then(|linux| linux.sysctl().clone())
+            .unwrap_or_default();
         Ok(Self {
+            about: about(spec, &sysctls),
             hostname: spec.hostname().clone().filter(|name| !name.is_empty()),
             cgroups_path: linux.and_then(|linux| linux.cgroups_path().clone()),
-            sysctls: linux
-                .filter(|_| role(spec) == Role::Pod)
-                .and_then(|linux| linux.sysctl().clone())
-                .unwrap_or_default(),
+            sysctls,
             network,
             annotations: annotations::ours(spec.annotations().iter().flatten()),
             limits: match role(spec) {
@@ -138,7 +153,17 @@ impl PodSpec {
         refuse_host_options(&security.namespace_options)?;
         let resources = linux.resources.unwrap_or_default();
         let memory = resources.memory_limit_in_bytes;
+        let metadata = config.metadata.unwrap_or_default();
         Ok(Self {
+            about: mayu_policy::Pod {
+                id: id.into(),
+                namespace: metadata.namespace,
+                name: metadata.name,
+                uid: metadata.uid,
+                annotations: sorted(&config.annotations),
+                labels: sorted(&config.labels),
+                sysctls: sorted(&linux.sysctls),
+            },
             files: pod_files(&config.hostname, config.dns_config.as_ref()),
             annotations: annotations::ours(&config.annotations),
             hostname: Some(config.hostname).filter(|name| !name.is_empty()),
@@ -252,6 +277,24 @@ fn refuse_host_options(options: &NamespaceOption) -> Result<()> {
         return Err(Error::UserNamespace);
     }
     Ok(())
+}
+
+/// What a policy sees of the pod of a container.
+fn about(spec: &Spec, sysctls: &HashMap<String, String>) -> mayu_policy::Pod {
+    let text = |key| annotation(spec, key).unwrap_or_default().to_owned();
+    mayu_policy::Pod {
+        id: text(SANDBOX_ID),
+        namespace: text(SANDBOX_NAMESPACE),
+        name: text(SANDBOX_NAME),
+        uid: text(SANDBOX_UID),
+        annotations: spec.annotations().as_ref().map(sorted).unwrap_or_default(),
+        labels: BTreeMap::new(),
+        sysctls: sorted(sysctls),
+    }
+}
+
+fn sorted(map: &HashMap<String, String>) -> BTreeMap<String, String> {
+    map.iter().map(|(key, value)| (key.clone(), value.clone())).collect()
 }
 
 fn annotated_limits(spec: &Spec) -> Limits {
@@ -381,6 +424,9 @@ mod tests {
     fn a_pod_of_kubernetes_is_read_from_its_message() {
         let mut config = PodSandboxConfig::new();
         config.hostname = "web-0".into();
+        let metadata = config.metadata.mut_or_insert_default();
+        (metadata.namespace, metadata.name, metadata.uid) = ("shop".into(), "web-0".into(), "u7".into());
+        config.labels.insert("app".into(), "web".into());
         config.dns_config = MessageField::some(DNSConfig {
             servers: vec!["10.96.0.10".into()],
             searches: vec!["svc.cluster.local".into(), "cluster.local".into()],
@@ -397,6 +443,16 @@ mod tests {
         let pod = PodSpec::from_request(&request(&config)).unwrap();
 
         assert_eq!(pod.hostname.as_deref(), Some("web-0"));
+        let expected = mayu_policy::Pod {
+            id: "p1".into(),
+            namespace: "shop".into(),
+            name: "web-0".into(),
+            uid: "u7".into(),
+            annotations: BTreeMap::new(),
+            labels: BTreeMap::from([("app".into(), "web".into())]),
+            sysctls: BTreeMap::from([("net.core.somaxconn".into(), "1".into())]),
+        };
+        assert_eq!(pod.about, expected);
         assert_eq!(pod.network, Some("/var/run/netns/cni-1".into()));
         assert_eq!(pod.cgroups_path, Some("/kubepods/pod7/p1".into()));
         assert_eq!(pod.sysctls["net.core.somaxconn"], "1");

@@ -63,6 +63,8 @@ pub struct Process {
     stdio: Mutex<Option<Arc<Stdio>>>,
     /// containerd has asked for the end of stdin, maybe before the start.
     stdin_closed: AtomicBool,
+    /// The agent has told of its end.
+    end_told: AtomicBool,
 }
 
 impl Process {
@@ -76,6 +78,7 @@ impl Process {
             streams: Mutex::new(None),
             stdio: Mutex::new(None),
             stdin_closed: AtomicBool::new(false),
+            end_told: AtomicBool::new(false),
         }
     }
 
@@ -111,6 +114,11 @@ impl Process {
             }
         });
         refused.map_or(Ok(()), |state| Err(Error::WrongState { operation, state }))
+    }
+
+    /// The agent tells of its end. Says whether for the first time.
+    pub fn end_told(&self) -> bool {
+        !self.end_told.swap(true, Ordering::Relaxed)
     }
 
     /// Records the end. The first one counts; says whether this was it.

@@ -18,6 +18,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, watch};
 use tokio::task::spawn_blocking;
+use tokio::time::sleep;
 
 use crate::agent::Agent;
 use crate::config::Config;
@@ -28,12 +29,15 @@ use crate::pod_spec::{Limits, Size};
 use crate::spec::Volume;
 use crate::state_dir::StateDir;
 use crate::vmm_process::VmmProcess;
-use crate::{Result, cgroup};
+use crate::{Error, Result, cgroup};
 
 pub use boot::Blueprint;
 
 use network::Network;
 use size::Sizes;
+
+/// Why the VM is gone, where it has not said so itself.
+const VMM_ENDED: &str = "its VMM ended";
 
 /// A running VM.
 #[derive(Debug)]
@@ -78,6 +82,11 @@ impl Sandbox {
     /// How large the VM is.
     pub async fn size(&self) -> Size {
         self.sizes.current().await
+    }
+
+    /// How large the VM is with containers of these limits.
+    pub fn size_for(&self, containers: Limits) -> Size {
+        self.sizes.target(containers)
     }
 
     /// Makes the VM as large as containers with these limits need it, as far as it can grow.
@@ -172,13 +181,17 @@ impl Sandbox {
         let mut condemned = self.condemned.subscribe();
         let mut byte = [0];
         let mut reason = tokio::select! {
-            () = self.vmm.ended() => "its VMM ended".to_string(),
+            () = self.vmm.ended() => VMM_ENDED.to_string(),
             reason = exit_event(&mut signs.vmm_events) => reason,
             _ = signs.ready.read(&mut byte) => "its agent ended".to_string(),
             reason = condemned.wait_for(Option::is_some) =>
                 reason.ok().and_then(|reason| reason.clone()).unwrap_or_default(),
+            reason = self.silence() => reason,
         };
         let how = self.vmm.kill().await;
+        if reason == VMM_ENDED {
+            reason = format!("{VMM_ENDED} ({how})");
+        }
         // The namespace would stay for as long as it is held, and with it what CNI wants to take away.
         *self.network.lock().await = Network::Gone;
         // The VMM's own word is better than what its end looks like from outside.
@@ -191,6 +204,18 @@ impl Sandbox {
         info!(self.log, "the VM is gone"; "reason" => &reason, "vmm" => how, "console" => last_lines(&console));
         self.ended.send_replace(Some(reason.clone()));
         reason
+    }
+
+    /// Asks the agent for a sign of life every so often. Ends when there is none: a guest or a VMM that is stopped or hangs has
+    /// all its connections open.
+    async fn silence(&self) -> String {
+        let Some(pause) = self.config.timeouts.health() else { return std::future::pending().await };
+        loop {
+            sleep(pause).await;
+            if let Err(error @ Error::AgentTimeout { .. }) = self.agent.health().await {
+                return format!("it gives no sign of life: {error}");
+            }
+        }
     }
 
     /// Ends the VM for a reason; [`Sandbox::watch`] does it.

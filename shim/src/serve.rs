@@ -10,7 +10,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::setsid;
 use slog::{Logger, info};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use ttrpc::r#async::Server;
 use ttrpc::asynchronous::transport::Listener;
 
@@ -19,10 +19,14 @@ use crate::error::system;
 use crate::events::Events;
 use crate::pod::{Pod, Roots};
 use crate::start::{TTRPC_ADDRESS, unlink_socket};
-use crate::{Error, Result, log, sandbox_service, spec, state_dir, task};
+use crate::{Error, Result, log, privileges, sandbox_service, spec, state_dir, task};
 
 /// How long containerd has for taking the last answer and the last events.
 const FAREWELL: Duration = Duration::from_secs(2);
+
+/// How long connections stay open behind the last answer. ttrpc's client in Go waits for an answer and for the end of the
+/// connection at once (`Client.dispatch`), and may take the latter, so that a pod that is shut down looks like one that failed to.
+const LINGER: Duration = Duration::from_millis(50);
 
 /// How many descriptors the shim may have: each stream of a process is several, and a pod may have hundreds of containers.
 const DESCRIPTORS: u64 = 1 << 16;
@@ -36,6 +40,7 @@ pub async fn run(flags: &Flags) -> Result<()> {
     // Out of containerd's session and process group: it may be restarted and the pod must not notice.
     setsid().map_err(system("start a session"))?;
     allow_descriptors();
+    privileges::drop_unneeded()?;
     let bundle = env::current_dir().map_err(system("ask for the working directory"))?;
     let sandbox_id = spec::sandbox_id(&bundle, &flags.id)?;
     let log = log::logger(std::io::stderr(), &sandbox_id, flags.debug);
@@ -64,7 +69,7 @@ pub async fn run(flags: &Flags) -> Result<()> {
     if let Some(path) = address.as_pathname() {
         unlink_socket(path);
     }
-    // Connections close when their last answer is written.
+    sleep(LINGER).await;
     let _ = timeout(FAREWELL, server.shutdown()).await;
     pod.events.flush(FAREWELL).await;
     Ok(())

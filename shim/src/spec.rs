@@ -174,7 +174,7 @@ pub fn for_guest(mut spec: Spec, origin: Origin<'_>, log: &Logger) -> Result<Gue
     rewrite_process(spec.process_mut().as_mut().ok_or_else(|| missing("process"))?, log);
     add_files(&mut spec, origin.files, read_only);
     let volumes = mounts::replace_volumes(&mut spec);
-    let binds = mounts::rewrite_binds(&mut spec, &base)?;
+    let binds = mounts::rewrite_binds(&mut spec, &base, &volumes)?;
     let devices = rewrite_linux(&mut spec, origin, log)?;
     keep_annotations_of_clients_out(&mut spec);
     let hooks = ContainerHooks::take(&mut spec, origin.id, origin.bundle, log);
@@ -418,6 +418,20 @@ mod tests {
                 bind("/var/hosts", "/etc/hosts", false, ReadOnly::Itself)
             ]
         );
+    }
+
+    #[test]
+    fn a_path_of_the_host_that_looks_like_one_of_the_guest_s_volumes_stays_one_of_the_host() {
+        let sources = ["/run/mayu/volumes/shm", "/run/mayu/volumes/../../..", "/run/mayu/volumes"];
+        let mounts = sources.map(
+            |source| json!({"destination": "/data", "type": "bind", "source": source, "options": ["rbind"]}),
+        );
+        let guest = rewrite(minimal(&json!({}), &json!(mounts))).unwrap();
+        let bound: Vec<_> = guest.binds.iter().map(|bind| bind.source.to_str().unwrap()).collect();
+        assert_eq!(bound, sources);
+        assert!(guest.spec.mounts().iter().flatten().all(|mount| {
+            mount.source().as_ref().is_some_and(|source| source.starts_with("/run/mayu/share/c1/mounts"))
+        }));
     }
 
     #[test]

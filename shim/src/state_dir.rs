@@ -1,6 +1,7 @@
 //! The pod's directory under `/run/mayu`.
 //!
 //! ```text
+//! /run/mayu/uid:<uid>             whose VMM runs as that uid: uids.rs
 //! /run/mayu/<namespace>/<sandbox>/
 //!   vmm.json                      what `delete` needs when there is no shim to ask
 //!   tree/<container>/rootfs       mount points, made here
@@ -30,17 +31,20 @@ pub const ROOT: &str = "/run/mayu";
 /// What outlives the shim.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// The VMM's pid.
+    /// The VMM's pid, 0 before it has one.
     pub pid: i32,
     /// The VMM's start in clock ticks since boot (proc_pid_stat(5), field 22). With the pid it names one process.
     pub start_time: u64,
     /// The cgroup that was made for the pod.
     pub cgroup: Option<PathBuf>,
+    /// The uid that is leased to the pod.
+    pub uid: Option<u32>,
 }
 
 /// The directory of one pod.
 #[derive(Clone, Debug)]
 pub struct StateDir {
+    root: PathBuf,
     path: PathBuf,
 }
 
@@ -52,7 +56,17 @@ impl StateDir {
     pub fn new(root: &Path, namespace: &str, sandbox_id: &str) -> Result<Self> {
         id::validate("namespace", namespace)?;
         id::validate("sandbox", sandbox_id)?;
-        Ok(Self { path: root.join(namespace).join(sandbox_id) })
+        Ok(Self { root: root.into(), path: root.join(namespace).join(sandbox_id) })
+    }
+
+    /// The directory of all pods.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The pod's namespace and id.
+    pub fn name(&self) -> String {
+        self.path.strip_prefix(&self.root).unwrap_or(&self.path).display().to_string()
     }
 
     /// The directory itself.
@@ -154,7 +168,8 @@ impl StateDir {
     }
 }
 
-/// Unmounts `path` and everything below it. The kernel does it when the last user is gone, so this never waits.
+/// Unmounts `path` and everything below it. The kernel does it when the last user is gone, so this never waits. Others may do the
+/// same at the same time: containerd has a pod and its containers cleaned up side by side.
 ///
 /// # Errors
 /// [`Error::Mount`] when something is still mounted afterwards.
@@ -165,14 +180,28 @@ pub fn unmount_below(path: &Path) -> Result<()> {
         reason: format!("unmounting failed: {reason}"),
     };
     let name = path.to_str().ok_or_else(|| failed("the path is not UTF-8".into()))?;
-    umount_recursive(Some(name), MntFlags::MNT_DETACH.bits()).map_err(|error| failed(error.to_string()))?;
-    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|error| failed(error.to_string()))?;
+    let mut attempts = 3;
+    loop {
+        let tried = umount_recursive(Some(name), MntFlags::MNT_DETACH.bits());
+        let Some(point) = mounted_below(path).map_err(|error| failed(error.to_string()))? else {
+            return Ok(());
+        };
+        attempts -= 1;
+        if attempts == 0 {
+            return Err(failed(match tried {
+                Ok(()) => format!("{point} is still mounted"),
+                Err(error) => error.to_string(),
+            }));
+        }
+    }
+}
+
+/// A mount point at `path` or below it, if there is one.
+fn mounted_below(path: &Path) -> io::Result<Option<String>> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     // The fifth field is the mount point, proc_pid_mountinfo(5).
     let mut points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-    match points.find(|point| Path::new(point).starts_with(path)) {
-        Some(point) => Err(failed(format!("{point} is still mounted"))),
-        None => Ok(()),
-    }
+    Ok(points.find(|point| Path::new(point).starts_with(path)).map(str::to_owned))
 }
 
 #[cfg(test)]
@@ -192,7 +221,7 @@ mod tests {
         let dir = StateDir::new(root.path(), "ns", "pod").unwrap();
         assert_eq!(dir.read_record(), None);
         fs::create_dir_all(dir.path()).unwrap();
-        let record = Record { pid: 7, start_time: 99, cgroup: Some("/sys/fs/cgroup/x".into()) };
+        let record = Record { pid: 7, start_time: 99, cgroup: Some("/sys/fs/cgroup/x".into()), uid: Some(5) };
         dir.write_record(&record).unwrap();
         assert_eq!(dir.read_record(), Some(record));
     }
@@ -219,5 +248,31 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
         dir.remove().unwrap();
         assert!(!dir.path().exists());
+    }
+
+    #[test]
+    fn two_may_unmount_the_same() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED: needs root: mounts");
+            return;
+        }
+        let root = tempfile::tempdir().unwrap();
+        for round in 0..20 {
+            let path = root.path().join(round.to_string());
+            for name in 0..20 {
+                let target = path.join(name.to_string());
+                fs::create_dir_all(&target).unwrap();
+                let tmpfs = Some("tmpfs");
+                mount(tmpfs, &target, tmpfs, MsFlags::empty(), None::<&str>).unwrap();
+            }
+            // As one who removes a directory right after its mount.
+            let remove = || unmount_below(&path).map(|()| fs::remove_dir_all(&path));
+            std::thread::scope(|scope| {
+                let other = scope.spawn(remove);
+                remove().unwrap().ok();
+                other.join().unwrap().unwrap().ok();
+            });
+            assert_eq!(mounted_below(&path).unwrap(), None);
+        }
     }
 }

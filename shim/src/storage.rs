@@ -12,10 +12,14 @@ use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use crate::error::file;
-use crate::mount_attr::{Depth, Propagation, set_propagation, set_read_only};
+use crate::mount_attr::{Depth, Propagation, set_inert, set_propagation, set_read_only};
 use crate::spec::{Bind, ReadOnly};
 use crate::state_dir::{StateDir, unmount_below};
 use crate::{Error, Result};
+
+/// How a root filesystem is mounted, beside what the snapshotter says: an image may hold the nodes of devices, and they would
+/// be the host's for a VMM that has been taken over.
+const INERT: [&str; 3] = ["nodev", "nosuid", "noexec"];
 
 /// What a container sees of the host's files.
 #[derive(Debug)]
@@ -50,20 +54,36 @@ impl Storage {
 
     fn attach_rootfs(&self, target: &Path) -> Result<()> {
         if self.rootfs.is_empty() {
-            let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
-            mount(Some(&self.root), target, None::<&str>, flags, None::<&str>).map_err(|errno| {
-                Error::Mount {
-                    what: format!("the root filesystem {}", self.root.display()),
-                    target: target.into(),
-                    reason: errno.desc().into(),
-                }
-            })?;
+            return bind_root(&self.root, target, Depth::AllBelow, ReadOnly::No);
         }
-        for mount in &self.rootfs {
-            mount_layer(mount, &below(target, &mount.target)?)?;
+        for layer in &self.rootfs {
+            let target = below(target, &layer.target)?;
+            let has = |option: &str| layer.options.iter().any(|other| other == option);
+            if has("bind") || has("rbind") {
+                let depth = if has("rbind") { Depth::AllBelow } else { Depth::Itself };
+                let read_only = if has("ro") { ReadOnly::Itself } else { ReadOnly::No };
+                bind_root(Path::new(&layer.source), &target, depth, read_only)?;
+            } else {
+                mount_layer(layer, &target)?;
+            }
         }
         cut_off(target)
     }
+}
+
+fn bind_root(source: &Path, target: &Path, depth: Depth, read_only: ReadOnly) -> Result<()> {
+    let bind = Bind {
+        source: source.into(),
+        destination: "/".into(),
+        recursive: depth == Depth::AllBelow,
+        read_only,
+        follows: true,
+    };
+    bind_mount(&bind, target).map_err(|error| Error::Mount {
+        what: format!("the root filesystem {}", source.display()),
+        target: target.into(),
+        reason: error.to_string(),
+    })
 }
 
 /// Takes away what [`Storage::attach`] mounted, also when it failed half way. Blocks.
@@ -84,10 +104,10 @@ pub fn detach(dir: &StateDir, container_id: &str) -> Result<()> {
 fn mount_layer(layer: &Mount, target: &Path) -> Result<()> {
     let kind = Some(layer.type_.as_str()).filter(|kind| !kind.is_empty());
     let source = Some(layer.source.as_str()).filter(|source| !source.is_empty());
+    let inert = INERT.map(str::to_owned);
+    let options = [&layer.options[..], &inert[..]].concat();
     let mounted = thread::scope(|scope| {
-        scope
-            .spawn(|| mount_rootfs(kind, source, &layer.options, target).map_err(|error| error.to_string()))
-            .join()
+        scope.spawn(|| mount_rootfs(kind, source, &options, target).map_err(|error| error.to_string())).join()
     });
     let reason = match mounted {
         Ok(Ok(())) => return Ok(()),
@@ -130,6 +150,7 @@ fn bind_mount(bind: &Bind, target: &Path) -> io::Result<()> {
     let tree = open_tree(CWD, &bind.source, clone | depth)?;
     let propagation = if bind.follows { Propagation::FromSource } else { Propagation::None };
     set_propagation(&tree, propagation)?;
+    set_inert(&tree)?;
     match bind.read_only {
         ReadOnly::No => {}
         ReadOnly::Itself => set_read_only(&tree, Depth::Itself)?,
@@ -150,6 +171,8 @@ fn cut_off(target: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::{FileType, Mode, mknodat};
+
     use super::*;
 
     struct Pod {
@@ -208,6 +231,37 @@ mod tests {
 
         assert!(!share.exists());
         assert!(data.join("new").exists() && file.exists());
+    }
+
+    #[test]
+    fn devices_of_an_image_or_a_volume_are_not_the_host_s() {
+        let Some(pod) = pod() else { return };
+        let data = pod.root.path().join("data");
+        fs::create_dir(&data).unwrap();
+        let layer = Mount { type_: "tmpfs".into(), source: "tmpfs".into(), ..Default::default() };
+        let bound = Mount {
+            type_: "bind".into(),
+            source: data.display().to_string(),
+            options: vec!["rbind".into(), "rw".into()],
+            ..Default::default()
+        };
+        let share = pod.dir.share().join("c");
+        for rootfs in [vec![], vec![layer], vec![bound]] {
+            let mut storage = storage(&pod, vec![bind(data.clone(), false)]);
+            storage.rootfs = rootfs;
+            storage.attach(&pod.dir).unwrap();
+            for place in ["rootfs", "mounts/0"] {
+                let node = share.join(place).join("zero");
+                let zero = rustix::fs::makedev(1, 5);
+                mknodat(CWD, &node, FileType::CharacterDevice, Mode::RUSR, zero).unwrap();
+
+                let error = fs::File::open(&node).unwrap_err();
+
+                assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{place}: {error}");
+                fs::remove_file(&node).unwrap();
+            }
+            detach(&pod.dir, "c").unwrap();
+        }
     }
 
     #[test]

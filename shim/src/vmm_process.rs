@@ -22,6 +22,7 @@ use crate::config::{Config, Vm};
 use crate::console::{Console, Source};
 use crate::error::{file, system};
 use crate::pidfd::{PidFd, WatchedProcess};
+use crate::uids::Lease;
 use crate::{Error, Result};
 
 /// A running VMM. Dropping it kills it.
@@ -30,6 +31,7 @@ pub struct VmmProcess {
     /// Its pid on the host.
     pub pid: i32,
     process: WatchedProcess,
+    lease: Lease,
     _stderr: Console,
 }
 
@@ -92,11 +94,12 @@ pub struct Spawned {
 }
 
 impl VmmProcess {
-    /// Spawns `mayu-vmm`, tells it what to build and waits until it has forked into its own namespaces.
+    /// Spawns `mayu-vmm`, tells it what to build and waits until it has forked into its own namespaces. `lease` is for the
+    /// uid that it is told to run as.
     ///
     /// # Errors
     /// The step that failed; then there is no process.
-    pub async fn spawn(config: &Config, building: Building, log: &Logger) -> Result<Spawned> {
+    pub async fn spawn(config: &Config, building: Building, lease: Lease, log: &Logger) -> Result<Spawned> {
         let log = log.new(o!("program" => "mayu-vmm"));
         let (stderr_reader, stderr) = Console::pipe(Source::Vmm, log.clone())?;
         // The process that is spawned forks the real one and ends; that one then is a child of the nearest
@@ -113,7 +116,7 @@ impl VmmProcess {
             Ok(Err(ended)) => return Err(refusal(&mut built).await.unwrap_or(ended)),
         };
         let process = PidFd::open(pid).and_then(WatchedProcess::new).map_err(system("watch the VMM"))?;
-        let process = Self { pid, process, _stderr: stderr_reader };
+        let process = Self { pid, process, lease, _stderr: stderr_reader };
         timeout(config.timeouts.boot(), child.wait())
             .await
             .map_err(|_| failed("its first process does not end"))?
@@ -123,16 +126,24 @@ impl VmmProcess {
         Ok(Spawned { process, client, events, built })
     }
 
+    /// The uid that it runs as.
+    pub fn uid(&self) -> u32 {
+        self.lease.uid()
+    }
+
     /// Waits for the end of the process.
     pub async fn ended(&self) {
         self.process.ended().await;
     }
 
-    /// Kills it and waits until it is gone. Says how it ended, for the log.
+    /// Kills it, waits until it is gone and frees its uid. Says how it ended, for the log.
     pub async fn kill(&self) -> String {
         self.process.process().kill();
         match timeout(Duration::from_secs(10), self.ended()).await {
-            Ok(()) => self.process.process().reap(),
+            Ok(()) => {
+                self.lease.release();
+                self.process.process().reap()
+            }
             Err(_) => "it does not end".into(),
         }
     }

@@ -138,6 +138,7 @@ fn read_start(file: &File, buffer: &mut [u8]) -> io::Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use mayu_vmm_api::RateLimit;
     use std::io::{Seek as _, Write as _};
     use vm_memory::Bytes as _;
 
@@ -241,6 +242,8 @@ mod tests {
             kernel_args: kernel_args.into(),
             host_ports: vec![],
             uid: 1000,
+            net_limit: RateLimit::default(),
+            block_limit: RateLimit::default(),
         }
     }
 

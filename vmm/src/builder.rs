@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use kvm_ioctls::VcpuFd;
-use mayu_vmm_api::{BLOCK_SLOTS, MAX_NET_SLOTS, MAX_VCPUS, VmConfig};
+use mayu_vmm_api::{BLOCK_SLOTS, MAX_NET_SLOTS, MAX_VCPUS, RateLimit, VmConfig};
 use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -18,6 +18,7 @@ use crate::devices::virtio::block::{Block, BlockSlot};
 use crate::devices::virtio::fs::Fs;
 use crate::devices::virtio::mem::{Mem, MemHandle};
 use crate::devices::virtio::net::{Net, NetSlot};
+use crate::devices::virtio::rate_limiter::RateLimiter;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::transport::MmioTransport;
 use crate::devices::virtio::vsock::{OnAccept, Vsock, VsockHandle};
@@ -26,6 +27,7 @@ use crate::error::{Error, Result};
 use crate::event_loop::EventLoop;
 use crate::kvm::Vm;
 use crate::machine::Machine;
+use crate::seccomp::Confinement;
 use crate::snapshot::MachineState;
 use crate::vcpu::{Shared, Vcpus, exit_channel};
 use crate::{boot, memory};
@@ -64,6 +66,8 @@ pub struct Parts {
     pub on_accept: OnAccept,
     /// When the process was started.
     pub started: Instant,
+    /// What its threads may do.
+    pub confinement: Confinement,
 }
 
 /// Refuses a description that no machine can be built from.
@@ -143,12 +147,12 @@ fn assemble(
     vm.set_memory(&memory)?;
     let memory = GuestMemoryAtomic::new(memory);
 
-    let mut devices = Devices::new(&vm, &memory, events);
-    let block_slots = devices.add_blocks(parts.image)?;
+    let mut devices = Devices::new(&vm, &memory, events, &parts.confinement);
+    let block_slots = devices.add_blocks(parts.image, &config.block_limit)?;
     let vsock = devices.add_vsock(config, parts.on_accept)?;
     devices.add("rng", Box::new(Rng::new()))?;
     devices.add("fs", Box::new(parts.fs))?;
-    let net_slots = devices.add_nets(config.net_slots)?;
+    let net_slots = devices.add_nets(config)?;
     let growth = devices.add_memory(config)?;
     let Devices { names, transports, .. } = devices;
 
@@ -168,7 +172,12 @@ fn assemble(
     let (exit_sender, exits) = exit_channel()?;
     let bus = Arc::new(Bus::new(serial, transports));
     let entered = Arc::new(OnceLock::new());
-    let shared = Shared { bus: bus.clone(), exits: exit_sender, entered: entered.clone() };
+    let shared = Shared {
+        bus: bus.clone(),
+        exits: exit_sender,
+        entered: entered.clone(),
+        confinement: parts.confinement,
+    };
     Ok(Machine {
         vcpus: Vcpus::start(fds, vm.run_size(), &shared)?,
         vm,
@@ -210,24 +219,26 @@ struct Devices<'a> {
     vm: &'a Vm,
     memory: &'a GuestMemory,
     events: &'a EventLoop,
+    confinement: &'a Confinement,
     names: Vec<String>,
     transports: Vec<SharedTransport>,
 }
 
 impl<'a> Devices<'a> {
-    fn new(vm: &'a Vm, memory: &'a GuestMemory, events: &'a EventLoop) -> Self {
-        Self { vm, memory, events, names: Vec::new(), transports: Vec::new() }
+    fn new(vm: &'a Vm, memory: &'a GuestMemory, events: &'a EventLoop, confinement: &'a Confinement) -> Self {
+        Self { vm, memory, events, confinement, names: Vec::new(), transports: Vec::new() }
     }
 
     /// The image comes first, since the kernel is told that the first block device is its root.
-    fn add_blocks(&mut self, image: File) -> Result<Vec<BlockSlot>> {
+    fn add_blocks(&mut self, image: File, limit: &RateLimit) -> Result<Vec<BlockSlot>> {
         let (image, _) = Block::new(Some((image, true)))?;
         self.add("image", Box::new(image.with_id("image")))?;
         let mut slots = Vec::new();
         for number in 0..BLOCK_SLOTS {
             let name = format!("slot{number}");
             let (block, slot) = Block::new(None)?;
-            self.add(&name, Box::new(block.with_id(&name)))?;
+            let block = block.with_id(&name).with_limiter(RateLimiter::new(limit)?);
+            self.add(&name, Box::new(block))?;
             slots.push(slot);
         }
         Ok(slots)
@@ -239,10 +250,10 @@ impl<'a> Devices<'a> {
         Ok(handle)
     }
 
-    fn add_nets(&mut self, count: u8) -> Result<Vec<NetSlot>> {
+    fn add_nets(&mut self, config: &VmConfig) -> Result<Vec<NetSlot>> {
         let mut slots = Vec::new();
-        for number in 0..count {
-            let (net, slot) = Net::new(number)?;
+        for number in 0..config.net_slots {
+            let (net, slot) = Net::new(number, &config.net_limit)?;
             self.add(&format!("net{number}"), Box::new(net))?;
             slots.push(slot);
         }
@@ -270,8 +281,14 @@ impl<'a> Devices<'a> {
             queue_events.push(event);
         }
         let registrar = self.events.registrar(FIRST_DEVICE + index as u16);
-        let transport =
-            MmioTransport::new(device, self.memory.clone(), Interrupt::new(line), queue_events, registrar);
+        let transport = MmioTransport::new(
+            device,
+            self.memory.clone(),
+            Interrupt::new(line),
+            queue_events,
+            registrar,
+            self.confinement.clone(),
+        );
         self.names.push(name.into());
         self.transports.push(Arc::new(Mutex::new(transport)));
         Ok(())

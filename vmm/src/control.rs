@@ -300,6 +300,7 @@ fn only(operation: &'static str, fds: Vec<OwnedFd>) -> Result<OwnedFd> {
 mod tests {
     use super::*;
     use mayu_vmm_api::Event::VsockAccepted;
+    use mayu_vmm_api::RateLimit;
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
     use std::os::unix::net::UnixStream;
 
@@ -375,6 +376,8 @@ mod tests {
             kernel_args: String::new(),
             host_ports: vec![],
             uid: 1000,
+            net_limit: RateLimit::default(),
+            block_limit: RateLimit::default(),
         };
         let build = Message::Request { id: 1, body: Request::Build(config) };
         send(&shim, &Message::Request { id: 1, body: Request::Resume }, &[]).unwrap();

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::seccomp::Kind;
+
 /// Why the VMM could not do something. Each variant names the operation.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -11,14 +13,28 @@ pub enum Error {
     /// An eventfd could not be created, duplicated, read or written.
     #[error("cannot use an eventfd: {0}")]
     EventFd(#[source] io::Error),
+    /// A timer for a limit could not be made.
+    #[error("cannot make a timer for a rate limit: {0}")]
+    RateLimit(#[source] io::Error),
     /// A thread could not be started.
-    #[error("cannot start thread {name}: {source}")]
+    #[error("cannot start a thread ({kind}): {source}")]
     Thread {
-        /// The thread's name.
-        name: &'static str,
+        /// What it was to do.
+        kind: Kind,
         /// The kernel's reason.
         source: io::Error,
     },
+    /// A thread could not be confined.
+    #[error("cannot confine a thread ({kind}): {source}; the host's kernel needs CONFIG_SECCOMP_FILTER")]
+    Seccomp {
+        /// What it does.
+        kind: Kind,
+        /// What seccompiler says.
+        source: seccompiler::Error,
+    },
+    /// No filter can be made of a table of system calls.
+    #[error("cannot make a seccomp filter: {0}")]
+    SeccompTable(#[source] seccompiler::BackendError),
     /// A device's queue is not usable.
     #[error("virtio-{device}: queue {queue}: {source}")]
     Queue {

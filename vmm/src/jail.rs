@@ -10,6 +10,7 @@
 //! Event::Started                           root: /share and /proc
 //! write its id maps ◀───────────────────── user namespace
 //! exit                                     unprivileged uid, file capabilities for the fs device's threads
+//!                                          Landlock: the share, where the kernel has it
 //!                                          drop_capabilities(): none for the rest
 //! ```
 
@@ -20,10 +21,11 @@ use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+use ::landlock::RulesetStatus;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{ForkResult, Pid, fork};
-use rustix::fs::{fstat, stat};
+use rustix::fs::{Mode, OFlags, fstat, open, stat};
 use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind_recursive, mount_change,
@@ -41,8 +43,14 @@ use rustix::thread::{
 
 use crate::error::{Error, Result};
 
+mod landlock;
+
 /// How many descriptors the process may have: the kernel's default `fs.nr_open`.
 const DESCRIPTORS: u64 = 1 << 20;
+
+/// What the process may have mapped beyond the guest's memory: the stacks of all threads, the allocator's arenas, the program.
+/// Much of that is address space only.
+const OWN_MEMORY: u64 = 1 << 30;
 
 /// Where the pod's share is mounted inside the jail.
 pub const SHARE: &str = "/share";
@@ -69,7 +77,10 @@ pub enum Side {
     /// The one that was spawned. It has done its part and is to exit at once.
     Outside,
     /// The one in the jail.
-    Inside,
+    Inside {
+        /// How much of the rules about files the kernel enforces.
+        landlock: RulesetStatus,
+    },
 }
 
 /// Forks the process into the jail. `announce` tells the shim the pid of the one inside; it is called outside.
@@ -80,6 +91,7 @@ pub enum Side {
 /// A step failed; what was made of the jail ends with the process.
 pub fn enter(share: OwnedFd, uid: u32, announce: impl FnOnce(Pid) -> Result<()>) -> Result<Side> {
     allow_descriptors();
+    bound_arenas();
     let (outside, inside) = UnixStream::pair().map_err(failed("make a socket pair"))?;
     let parent = pidfd_open(getpid(), PidfdFlags::empty()).map_err(failed("open its pidfd"))?;
     unshare(CloneFlags::CLONE_NEWPID).map_err(failed("make a PID namespace"))?;
@@ -96,8 +108,9 @@ pub fn enter(share: OwnedFd, uid: u32, announce: impl FnOnce(Pid) -> Result<()>)
             build_root(share)?;
             request_id_maps(inside)?;
             become_unprivileged(uid)?;
+            let landlock = restrict_files()?;
             die_with_the_shim(&parent)?;
-            Ok(Side::Inside)
+            Ok(Side::Inside { landlock })
         }
     }
 }
@@ -109,6 +122,22 @@ fn allow_descriptors() {
         // Where `fs.nr_open` is less, what is allowed has to do: the device keeps to it.
         let _ = setrlimit(Resource::Nofile, wanted);
     }
+}
+
+/// Lets the allocator have two arenas for all threads. It would else count the processors once there are some, in `/sys`,
+/// which is not in the jail and nothing that a thread may open; and each arena costs memory.
+fn bound_arenas() {
+    // SAFETY: sets a number, while the process has a single thread.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 2) };
+}
+
+/// Bounds what the process may have mapped, whoever is in command of it, with a guest of at most so much memory.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn bound_memory(guest_mib: u32) -> Result<()> {
+    let bytes = Some((u64::from(guest_mib) << 20) + OWN_MEMORY);
+    setrlimit(Resource::As, Rlimit { current: bytes, maximum: bytes }).map_err(failed("bound its memory"))
 }
 
 /// Takes every capability from the calling thread and from those that it starts.
@@ -224,6 +253,13 @@ fn become_unprivileged(uid: u32) -> Result<()> {
 fn hold_capabilities(set: CapabilitySet) -> Result<()> {
     let sets = CapabilitySets { effective: set, permitted: set, inheritable: CapabilitySet::empty() };
     set_capabilities(None, sets).map_err(failed("drop capabilities"))
+}
+
+fn restrict_files() -> Result<RulesetStatus> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let share = open(SHARE, flags, Mode::empty()).map_err(failed("open the share"))?;
+    landlock::restrict(share)
+        .map_err(|error| failed("restrict itself with Landlock")(io::Error::other(error)))
 }
 
 /// Has the kernel kill this process when the shim ends. The shim becomes its parent when `parent` ends, so that has

@@ -13,5 +13,7 @@ pub mod kvm;
 pub mod log;
 pub mod machine;
 pub mod memory;
+pub mod seccomp;
 pub mod snapshot;
+pub mod thread;
 pub mod vcpu;

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use landlock::RulesetStatus;
 use mayu_vmm::builder::{self, FIRST_DEVICE, Parts, SHARE_TAG};
 use mayu_vmm::control::{Control, Resources, Verdict};
 use mayu_vmm::devices::virtio::fs::Fs;
@@ -11,6 +12,7 @@ use mayu_vmm::event_loop::EventLoop;
 use mayu_vmm::jail::{self, Side};
 use mayu_vmm::log::{self, RateLimit};
 use mayu_vmm::machine::Machine;
+use mayu_vmm::seccomp::{Confinement, Kind};
 use mayu_vmm_api::{Event, ExitReason, VmConfig};
 use slog::{Logger, error, info, o, warn};
 
@@ -53,8 +55,8 @@ fn run(
     log: &Logger,
 ) -> Result<()> {
     let mut events = EventLoop::new()?;
-    let mut machine = match prepare(config, resources, &mut control, &events, started) {
-        Ok(Some(machine)) => machine,
+    let (mut machine, landlock) = match prepare(config, resources, &mut control, &events, started) {
+        Ok(Some(prepared)) => prepared,
         Ok(None) => return Ok(()),
         Err(error) => {
             control.answer(id, Err(error.to_string()))?;
@@ -64,7 +66,8 @@ fn run(
     control.watch(events.registrar(CONTROL))?;
     machine.watch_exits(&events.registrar(VCPUS))?;
     control.answer(id, Ok(()))?;
-    info!(log, "machine built"; "vcpus" => config.vcpus, "memory_mib" => config.memory_mib);
+    info!(log, "machine built";
+        "vcpus" => config.vcpus, "memory_mib" => config.memory_mib, "landlock" => ?landlock);
     let outcome = serve(&mut machine, &mut control, &mut events, log);
     // Its threads end with the process. To wait for them first could take long: a file system of the host may hold one.
     std::mem::forget(machine);
@@ -78,13 +81,16 @@ fn prepare(
     control: &mut Control,
     events: &EventLoop,
     started: Instant,
-) -> Result<Option<Machine>> {
+) -> Result<Option<(Machine, RulesetStatus)>> {
     builder::check(config)?;
     let announce = |pid: nix::unistd::Pid| control.announce(Event::Started { pid: pid.as_raw() });
-    if let Side::Outside = jail::enter(resources.share, config.uid, announce)? {
-        return Ok(None);
-    }
-    let fs = Fs::new(SHARE_TAG, jail::SHARE.as_ref())?;
+    let landlock = match jail::enter(resources.share, config.uid, announce)? {
+        Side::Outside => return Ok(None),
+        Side::Inside { landlock } => landlock,
+    };
+    jail::bound_memory(config.max_memory_mib)?;
+    let confinement = Confinement::seccomp()?;
+    let fs = Fs::new(SHARE_TAG, jail::SHARE.as_ref(), &confinement)?;
     jail::drop_capabilities()?;
     let parts = Parts {
         kvm: resources.kvm,
@@ -93,8 +99,11 @@ fn prepare(
         fs,
         on_accept: control.acceptor(),
         started,
+        confinement: confinement.clone(),
     };
-    builder::build(config, resources.kernel, parts, events).map(Some)
+    let machine = builder::build(config, resources.kernel, parts, events)?;
+    confinement.enter(Kind::EventLoop)?;
+    Ok(Some((machine, landlock)))
 }
 
 /// Runs the machine until its guest, the shim or a failure ends it.

@@ -25,6 +25,8 @@ use vmm_sys_util::signal::{Killable as _, SIGRTMIN, register_signal_handler};
 use crate::arch::state::VcpuState;
 use crate::bus::{AfterWrite, Bus};
 use crate::error::{Error, Result};
+use crate::seccomp::{Confinement, Kind};
+use crate::thread;
 
 /// Where a vCPU is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +81,8 @@ pub struct Shared {
     pub exits: ExitSender,
     /// When the first of them entered the guest.
     pub entered: Arc<OnceLock<Instant>>,
+    /// What their threads may do.
+    pub confinement: Confinement,
 }
 
 /// Wakes the event loop with the reason of the first exit.
@@ -196,11 +200,10 @@ impl Handle {
         let run = KvmRunWrapper::mmap_from_fd(&fd, run_size).map_err(Error::kvm("map a vCPU's kvm_run"))?;
         let (commands, received) = mpsc::channel();
         let (sender, replies) = mpsc::channel();
+        let confinement = shared.confinement.clone();
         let vcpu = Vcpu { id, fd, state: State::Created, commands: received, replies: sender, shared };
-        let thread = std::thread::Builder::new()
-            .name(format!("vcpu{id}"))
-            .spawn(move || vcpu.serve())
-            .map_err(|source| Error::Thread { name: "vcpu", source })?;
+        let name = format!("vcpu{id}");
+        let thread = thread::spawn(name, Kind::Vcpu, &confinement, || Ok(()), |()| vcpu.serve())?;
         Ok(Self { id, commands: Some(commands), replies, run, thread: Some(thread) })
     }
 

@@ -15,6 +15,7 @@ use mayu_vmm::devices::virtio::fs::Fs;
 use mayu_vmm::event_loop::EventLoop;
 use mayu_vmm::kvm::Vm;
 use mayu_vmm::machine::Machine;
+use mayu_vmm::seccomp::Confinement;
 use mayu_vmm::snapshot::MachineState;
 use mayu_vmm_api::{ExitReason, VmConfig};
 use support::payload::{COUNT_FOREVER, RESET, elf, print};
@@ -50,9 +51,10 @@ impl Guest {
             kvm: open_kvm(),
             image,
             console: writer,
-            fs: Fs::new("test", share.path()).unwrap(),
+            fs: Fs::new("test", share.path(), &Confinement::none()).unwrap(),
             on_accept: Box::new(|_, _| {}),
             started: Instant::now(),
+            confinement: Confinement::none(),
         };
         let machine = builder::build(config, elf(code), parts, &events).unwrap();
         machine.watch_exits(&events.registrar(1)).unwrap();

@@ -7,13 +7,14 @@ mod support;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Seek as _, Write as _};
+use std::num::NonZeroU64;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use mayu_vmm_api::{ExitReason, Request, VmConfig};
+use mayu_vmm_api::{BLOCK_SLOTS, ExitReason, RateLimit, Request, VmConfig};
 use nix::mount::{MsFlags, mount, umount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
@@ -336,6 +337,29 @@ fn a_tap_from_another_network_namespace_is_taken_without_privileges_and_once() {
     let names: Vec<_> =
         vmm.status().device_errors.into_keys().filter(|name| name.starts_with("net")).collect();
     assert_eq!(names, ["net0", "net1", "net2", "net3", "net4", "net5", "net6", "net7"]);
+}
+
+#[test]
+fn each_direction_and_disk_that_is_limited_has_a_timer() {
+    if unable() {
+        return;
+    }
+    let limited = RateLimit { bandwidth: NonZeroU64::new(1_000_000), operations: None, burst_ms: 1000 };
+    let slots = usize::from(BLOCK_SLOTS);
+    for (net_limit, block_limit, expected) in [
+        (RateLimit::default(), RateLimit::default(), 0),
+        (limited, RateLimit::default(), 2 * 8),
+        (RateLimit::default(), limited, slots),
+    ] {
+        let share = tempfile::tempdir().unwrap();
+        let config = VmConfig { net_slots: 8, net_limit, block_limit, ..config() };
+        let (mut vmm, outcome) = Vmm::build(config, &elf(&COUNT_FOREVER), &image(), share.path());
+        outcome.unwrap();
+        let descriptors = fs::read_dir(format!("/proc/{}/fd", vmm.pid())).unwrap();
+        let targets = descriptors.filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());
+        let timers = targets.filter(|target| target.to_str() == Some("anon_inode:[timerfd]")).count();
+        assert_eq!(timers, expected);
+    }
 }
 
 #[test]

@@ -16,6 +16,7 @@ use mayu_vmm::devices::virtio::fs::Fs;
 use mayu_vmm::event_loop::EventLoop;
 use mayu_vmm::machine::Machine;
 use mayu_vmm::memory;
+use mayu_vmm::seccomp::Confinement;
 use mayu_vmm::snapshot::MachineState;
 use mayu_vmm_api::VmConfig;
 use support::{config, guest_files};
@@ -43,9 +44,10 @@ impl Host {
             kvm: File::options().read(true).write(true).open("/dev/kvm").unwrap().into(),
             image: self.image.try_clone().unwrap(),
             console: File::options().write(true).open("/dev/null").unwrap().into(),
-            fs: Fs::new(SHARE_TAG, self.share.path()).unwrap(),
+            fs: Fs::new(SHARE_TAG, self.share.path(), &Confinement::none()).unwrap(),
             on_accept: Box::new(move |_, stream| sender.send(stream).unwrap()),
             started: Instant::now(),
+            confinement: Confinement::none(),
         };
         (parts, accepted)
     }

@@ -11,11 +11,11 @@ use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use serde::Serialize;
-use slog::{Logger, info, o};
+use slog::{info, o};
 use ttrpc::context::Context;
 
 use super::{Pod, Vm};
-use crate::config::Config;
+use crate::admission::{Admission, Subject};
 use crate::container::{Container, Role};
 use crate::hooks::Point;
 use crate::pod_spec::{Limits, PodSpec};
@@ -41,19 +41,36 @@ impl Pod {
         let bundle = Path::new(&request.bundle);
         let spec = spec::load(bundle)?;
         let pod = PodSpec::from_oci(&spec)?;
+        let admission = self.admission(&pod)?;
         let mut container = Container::new(&request.id, spec::role(&spec), bundle, endpoints);
         if container.role == Role::Workload {
-            spec::check_profiles(&spec, &Config::load_from(&self.roots.config)?.security)?;
+            spec::check_profiles(&spec, &admission.config.security)?;
+            container.subject = Subject::new(&request.id, &spec);
             container.pid_namespace = self.pid_namespace(&spec)?;
             container.set_limits(Limits::of_container(&spec));
         }
         let container = Arc::new(container);
         self.reserve(&container)?;
-        let created = self.build(&container, pod, spec, request).await;
+        let created = match self.admit(&admission, &container, &pod, &spec) {
+            Ok(()) => self.build(&container, pod, spec, request).await,
+            Err(error) => Err(error),
+        };
         if created.is_err() {
             self.abandon(&container).await;
         }
         created
+    }
+
+    /// Asks the policy about a container that has been reserved, so that of two at the same time each counts for the other.
+    fn admit(&self, admission: &Admission, container: &Container, pod: &PodSpec, spec: &Spec) -> Result<()> {
+        if container.role == Role::Pod {
+            return Ok(());
+        }
+        let size = match self.sandbox() {
+            Ok(sandbox) => sandbox.size_for(self.limits()),
+            Err(_) => pod.limits.size(&admission.config.vm),
+        };
+        admission.decide(|| admission.container(&container.subject, spec, size))
     }
 
     fn reserve(&self, container: &Arc<Container>) -> Result<()> {
@@ -145,7 +162,12 @@ impl Pod {
         let last = {
             let mut state = self.lock();
             state.containers.remove(&container.id);
-            state.containers.is_empty() && state.requested.is_none()
+            let last = state.containers.is_empty() && state.requested.is_none();
+            if last {
+                // Where it is asked for once more, it is another pod.
+                state.admission = None;
+            }
+            last
         };
         let Ok(sandbox) = self.sandbox() else {
             return;
@@ -174,7 +196,11 @@ impl Pod {
             return Err(Error::WrongState { operation: "exec in the container of", state: state.name() });
         }
         let log = self.log.new(o!("container" => request.id.clone(), "exec" => request.exec_id.clone()));
-        let spec = guest_process(request.spec.as_ref(), &log)?;
+        let mut spec = process(request.spec.as_ref())?;
+        let (admission, size) = (self.decided()?, sandbox.size_for(self.limits()));
+        admission.decide(|| admission.exec(&container.subject, &spec, size))?;
+        spec::rewrite_process(&mut spec, &log);
+        let spec = any(PROCESS_TYPE_URL, &spec)?;
         let process = container.add_exec(&request.exec_id, Endpoints::from(&request))?;
         let made = self.attach_process(&sandbox, &process, |names| {
             let request = ExecProcessRequest {
@@ -252,13 +278,11 @@ fn any(type_url: &str, value: &impl Serialize) -> Result<Any> {
     Ok(Any { type_url: type_url.into(), value, ..Default::default() })
 }
 
-/// The process that an Exec request describes, for the guest.
-fn guest_process(spec: Option<&Any>, log: &Logger) -> Result<Any> {
+/// The process that an Exec request describes.
+fn process(spec: Option<&Any>) -> Result<oci_spec::runtime::Process> {
     let spec = spec.ok_or_else(|| Error::InvalidArgument("exec: the process spec is missing".into()))?;
-    let mut process: oci_spec::runtime::Process = serde_json::from_slice(&spec.value)
-        .map_err(|error| Error::InvalidArgument(format!("exec: the process spec is malformed: {error}")))?;
-    spec::rewrite_process(&mut process, log);
-    any(PROCESS_TYPE_URL, &process)
+    serde_json::from_slice(&spec.value)
+        .map_err(|error| Error::InvalidArgument(format!("exec: the process spec is malformed: {error}")))
 }
 
 fn created_event(request: CreateTaskRequest, pid: u32) -> TaskCreate {

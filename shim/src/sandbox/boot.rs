@@ -24,6 +24,7 @@ use crate::delete::start_time;
 use crate::error::file;
 use crate::pod_spec::{PodFile, PodSpec, Size};
 use crate::state_dir::{Record, StateDir};
+use crate::uids::Lease;
 use crate::vmm_process::{Building, HostFiles, Spawned, VmmProcess};
 use crate::{Error, Result};
 
@@ -70,10 +71,12 @@ impl Sandbox {
         let files = HostFiles::open(&config.vm)?;
         let (mut console, console_writer) = Console::pipe(Source::Guest, log.clone())?;
         let network = Given::find(&blueprint.spec, log).await?;
-        let machine = machine(&blueprint, network.as_ref().map_or(0, Given::interfaces))?;
+        let lease = Lease::take(dir.root(), config.vm.uids, &dir.name())?;
+        dir.write_record(&Record { uid: Some(lease.uid()), ..Record::default() })?;
+        let machine = machine(&blueprint, network.as_ref().map_or(0, Given::interfaces), lease.uid())?;
         let pod_files = write_files(dir, &blueprint.spec.files)?;
         let building = Building { machine, files, share: dir.share(), console: console_writer };
-        let mut spawned = VmmProcess::spawn(config, building, log).await?;
+        let mut spawned = VmmProcess::spawn(config, building, lease, log).await?;
         let mut own_cgroup = None;
         let up = come_up(&blueprint, &mut spawned, network, &mut own_cgroup, attach).await;
         let Spawned { process: vmm, client, events: vmm_events, .. } = spawned;
@@ -111,8 +114,8 @@ impl Sandbox {
 }
 
 /// The machine, with a network slot for each interface. There is one in every machine: the topology is the same for all.
-fn machine(blueprint: &Blueprint, interfaces: usize) -> Result<VmConfig> {
-    let vm = &blueprint.config.vm;
+fn machine(blueprint: &Blueprint, interfaces: usize, uid: u32) -> Result<VmConfig> {
+    let Config { vm, limits, .. } = &blueprint.config;
     let largest = blueprint.size.largest(vm);
     let net_slots = u8::try_from(interfaces.max(1)).unwrap_or(u8::MAX);
     if net_slots > MAX_NET_SLOTS {
@@ -130,7 +133,9 @@ fn machine(blueprint: &Blueprint, interfaces: usize) -> Result<VmConfig> {
         guest_cid: GUEST_CID,
         kernel_args: vm.kernel_args.clone(),
         host_ports: vec![READY_PORT],
-        uid: vm.uid,
+        uid,
+        net_limit: limits.net(),
+        block_limit: limits.block(),
     })
 }
 
@@ -148,20 +153,27 @@ fn write_files(dir: &StateDir, files: &[PodFile]) -> Result<Vec<(&'static str, P
     files.iter().map(write).collect()
 }
 
-/// Puts the VMM into the pod's cgroup before it allocates anything, and writes down how to find both.
-fn enter_cgroup(blueprint: &Blueprint, pid: i32, made: &mut Option<PathBuf>) -> Result<()> {
+/// Puts the VMM into the pod's cgroup before it allocates anything. How to find both is written down first: whoever cleans up after
+/// a shim that dies here has to know.
+fn enter_cgroup(blueprint: &Blueprint, vmm: &VmmProcess, made: &mut Option<PathBuf>) -> Result<()> {
+    let pid = vmm.pid;
     let mount = Path::new(cgroup::MOUNT);
-    match &blueprint.spec.cgroups_path {
-        Some(path) if mount.join("cgroup.controllers").exists() => {
-            let directory = cgroup::directory(mount, path);
-            cgroup::enter(&directory, pid)?;
-            *made = Some(directory);
+    let directory = match &blueprint.spec.cgroups_path {
+        Some(path) if mount.join("cgroup.controllers").exists() => Some(cgroup::directory(mount, path)),
+        Some(_) => {
+            warn!(blueprint.log, "the VMM stays in the shim's cgroup: the host has no cgroup v2");
+            None
         }
-        Some(_) => warn!(blueprint.log, "the VMM stays in the shim's cgroup: the host has no cgroup v2"),
-        None => {}
-    }
+        None => None,
+    };
     let start_time = start_time(pid).unwrap_or_default();
-    blueprint.dir.write_record(&Record { pid, start_time, cgroup: made.clone() })
+    let record = Record { pid, start_time, cgroup: directory.clone(), uid: Some(vmm.uid()) };
+    blueprint.dir.write_record(&record)?;
+    if let Some(directory) = &directory {
+        cgroup::enter(directory, pid)?;
+    }
+    *made = directory;
+    Ok(())
 }
 
 /// From a forked VMM to a guest whose agent answers, with the first container's files mounted.
@@ -175,7 +187,7 @@ async fn come_up(
     let deadline = Instant::now() + blueprint.config.timeouts.boot();
     let seconds = blueprint.config.timeouts.boot;
     let too_late = |_| Error::BootTimeout { seconds, console: String::new() };
-    enter_cgroup(blueprint, spawned.process.pid, cgroup)?;
+    enter_cgroup(blueprint, &spawned.process, cgroup)?;
     let built = timeout_at(deadline, &mut spawned.built).await.map_err(too_late)?;
     built.map_err(|_| Error::Vmm(mayu_vmm_api::Error::Closed))??;
     let run = run_guest(blueprint, network, &spawned.client, &mut spawned.events);

@@ -32,19 +32,17 @@ impl Sizes {
         *self.current.lock().await
     }
 
+    fn wanted(&self, containers: Limits) -> Size {
+        self.pod.max(containers).size(&self.vm)
+    }
+
     /// The size for containers with these limits, as near as this VM can come to it.
-    fn target(&self, containers: Limits, log: &Logger) -> Size {
-        let wanted = self.pod.max(containers).size(&self.vm);
-        let target = Size {
+    pub(super) fn target(&self, containers: Limits) -> Size {
+        let wanted = self.wanted(containers);
+        Size {
             vcpus: wanted.vcpus.min(self.largest.vcpus),
             memory_mib: wanted.memory_mib.clamp(self.first.memory_mib, self.largest.memory_mib),
-        };
-        if wanted.vcpus > target.vcpus || wanted.memory_mib > target.memory_mib {
-            info!(log, "the VM does not grow as far as its containers' limits";
-                "vcpus" => wanted.vcpus, "max_vcpus" => target.vcpus,
-                "memory_mib" => wanted.memory_mib, "max_memory_mib" => target.memory_mib);
         }
-        target
     }
 
     /// Makes the VM as large as containers with these limits need it.
@@ -59,7 +57,12 @@ impl Sizes {
         log: &Logger,
     ) -> Result<()> {
         let mut current = self.current.lock().await;
-        let target = self.target(containers, log);
+        let (wanted, target) = (self.wanted(containers), self.target(containers));
+        if wanted.vcpus > target.vcpus || wanted.memory_mib > target.memory_mib {
+            info!(log, "the VM does not grow as far as its containers' limits";
+                "vcpus" => wanted.vcpus, "max_vcpus" => target.vcpus,
+                "memory_mib" => wanted.memory_mib, "max_memory_mib" => target.memory_mib);
+        }
         if target.memory_mib != current.memory_mib {
             client.request(Request::ResizeMemory { memory_mib: target.memory_mib }, &[]).await?;
             current.memory_mib = target.memory_mib;
@@ -81,10 +84,9 @@ mod tests {
         let vm = Vm { vcpus: 1, memory_mib: 256, max_vcpus: 4, max_memory_mib: 1024, ..Vm::default() };
         let pod = Limits { cpu_millis: Some(1500), memory: Some(128 << 20) };
         let sizes = Sizes::new(pod.size(&vm), pod, &vm);
-        let log = Logger::root(slog::Discard, slog::o!());
         let target = |cpu_millis, mib: u64| {
             let limits = Limits { cpu_millis: Some(cpu_millis), memory: Some(mib << 20) };
-            let Size { vcpus, memory_mib } = sizes.target(limits, &log);
+            let Size { vcpus, memory_mib } = sizes.target(limits);
             (vcpus, memory_mib)
         };
         assert_eq!(target(100, 1), (2, 384), "no smaller than its pod");

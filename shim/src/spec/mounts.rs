@@ -27,17 +27,19 @@ const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
 /// The directory in which it binds what containers have a `subPath` of.
 const SUBPATHS: &str = "volume-subpaths";
 
-/// Points every bind mount at its place under the share, and says what has to be bound there.
+/// Points every bind mount but those of `volumes` at its place under the share, and says what has to be bound there.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for a mount whose own mounts are to appear on the host.
-pub(super) fn rewrite_binds(spec: &mut Spec, base: &Path) -> Result<Vec<Bind>> {
+pub(super) fn rewrite_binds(spec: &mut Spec, base: &Path, volumes: &[Volume]) -> Result<Vec<Bind>> {
     let mut binds = Vec::new();
+    let of_the_guest: Vec<_> =
+        volumes.iter().map(|volume| Path::new(VOLUME_DIR).join(&volume.name)).collect();
     for mount in spec.mounts_mut().iter_mut().flatten() {
         let Some(source) = bind_source(mount) else {
             continue;
         };
-        if source.starts_with(VOLUME_DIR) {
+        if of_the_guest.contains(&source) {
             continue;
         }
         mount.set_source(Some(base.join("mounts").join(binds.len().to_string())));
@@ -228,7 +230,7 @@ mod tests {
         let expected =
             Volume { name: "shm".into(), size: 128 << 20, mode: 0o1777, uid: 0, gid: 0, part: None };
         assert_eq!(volumes, [expected]);
-        assert!(rewrite_binds(&mut shared, Path::new("/share")).unwrap().is_empty());
+        assert!(rewrite_binds(&mut shared, Path::new("/share"), &volumes).unwrap().is_empty());
         let source = shared.mounts().as_ref().unwrap()[0].source().clone().unwrap();
         assert_eq!(source, Path::new(VOLUME_DIR).join("shm"));
 
@@ -282,7 +284,7 @@ mod tests {
             let mount = json!({
                 "destination": "/data", "type": "bind", "source": "/srv", "options": ["rbind", option],
             });
-            let binds = rewrite_binds(&mut spec(&json!({"type": "ipc"}), &mount), Path::new("/share"));
+            let binds = rewrite_binds(&mut spec(&json!({"type": "ipc"}), &mount), Path::new("/share"), &[]);
             assert_eq!(binds.ok().map(|binds| binds[0].follows), expected, "{option}");
         }
     }

@@ -20,7 +20,7 @@ use slog::Logger;
 use tokio::sync::mpsc;
 use ttrpc::r#async::{Client, Server, TtrpcContext};
 
-use crate::stand_in;
+use crate::{hostile, stand_in};
 
 /// A shim and everything around it. Panics at its end when something is left.
 pub struct Host {
@@ -65,6 +65,22 @@ impl Host {
         self.folder.path().join(name)
     }
 
+    /// Has the configuration name a policy with this text.
+    pub fn set_policy(&self, text: &str) {
+        let path = self.path("policy.rego");
+        fs::write(&path, text).unwrap();
+        self.configure("[vm]\n", &format!("policy = \"{}\"\n[vm]\n", path.display()));
+    }
+
+    /// Changes a part of the configuration, where it is not as it is to be already.
+    pub fn configure(&self, part: &str, new: &str) {
+        let path = self.path("config.toml");
+        let text = fs::read_to_string(&path).unwrap();
+        if !text.contains(new) {
+            fs::write(&path, text.replacen(part, new, 1)).unwrap();
+        }
+    }
+
     /// A FIFO as containerd's client makes it.
     pub fn fifo(&self, name: &str) -> String {
         let path = self.path(name);
@@ -102,9 +118,10 @@ impl Host {
         self.events.recv().await.unwrap()
     }
 
-    /// Checks that the pod has left nothing: no process, mount or directory.
+    /// Checks that the pod has left nothing: no process, mount, directory or uid.
     pub fn assert_nothing_left(&self) {
-        assert!(!self.path("state/ns").exists(), "the pod's directory is there");
+        let left = fs::read_dir(self.path("state")).map_or(0, Iterator::count);
+        assert_eq!(left, 0, "the pod's directory or the lease of its uid is there");
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         assert!(!mounts.contains(self.folder.path().to_str().unwrap()), "{mounts}");
         assert_eq!(stand_ins(self.folder.path()), Vec::<i32>::new());
@@ -144,9 +161,11 @@ fn write_config(root: &Path, behaviour: &str) {
     }
     let config = format!(
         "[vm]\nvmm = \"{0}/mayu-vmm\"\nkernel = \"{0}/vmlinux\"\nimage = \"{0}/image\"\nkernel_args = \"{behaviour}\"\n\
-         [timeouts]\nboot = {1}\n",
+         [timeouts]\nboot = {1}\nrequest = {2}\nhealth = {3}\nshutdown = 1\n",
         root.display(),
         if behaviour == "silent" { 1 } else { 60 },
+        if behaviour == "quick" || hostile::NONSENSE.contains(&behaviour) { 5 } else { 30 },
+        u8::from(behaviour == "quick"),
     );
     fs::write(root.join("config.toml"), config).unwrap();
 }

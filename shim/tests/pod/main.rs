@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used, reason = "a test's way to fail")]
 
 mod host;
+mod hostile;
+mod policy;
 mod sandbox_api;
 mod stand_in;
 

@@ -10,6 +10,10 @@
 //! | `cat` | copies stdin to stdout and ends with 0 |
 //! | `sleep` | runs until it is killed |
 //! | `missing` | cannot be started |
+//! | `never` | its start is not answered |
+//! | `lie` | has a pid and an exit status that none has |
+//! | `flood` | tells of ends and of lacks of memory, a hundred thousand times, and ends with 0 |
+//! | `yes` | writes to stdout until it is killed |
 
 use std::collections::HashMap;
 use std::io::Write as _;
@@ -26,7 +30,8 @@ use containerd_shim_protos::shim_async::{Task, create_task};
 use futures::StreamExt;
 use mayu_agent_api::sandbox::{
     ConfigureNetworkRequest, ConfigureNetworkResponse, ConfigureRequest, ConfigureResponse, Event,
-    EventsRequest, HealthRequest, HealthResponse, ProcessExit, ShutdownRequest, ShutdownResponse, event,
+    EventsRequest, HealthRequest, HealthResponse, OutOfMemory, ProcessExit, ShutdownRequest,
+    ShutdownResponse, event,
 };
 use mayu_agent_api::sandbox_ttrpc::{Sandbox, create_sandbox};
 use mayu_agent_api::{Hello, READY_PORT, RPC_PORT, STREAM_PORT, StreamId};
@@ -37,6 +42,8 @@ use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc};
 use ttrpc::r#async::{Server, ServerStreamSender, TtrpcContext};
 use ttrpc::asynchronous::transport::{Listener, Socket};
+
+use crate::hostile;
 
 /// The environment variable that makes the test program the stand-in.
 pub const VARIABLE: &str = "MAYU_TEST_STAND_IN";
@@ -70,7 +77,7 @@ pub async fn run() {
                 Reply::Ok
             }
             Request::VsockConnect { port } => {
-                connect(&agent, port, fds).await;
+                connect(&agent, &behaviour, port, fds).await;
                 Reply::Ok
             }
             Request::Status => Reply::Status(vmm::Status { running: true, ..Default::default() }),
@@ -107,16 +114,24 @@ fn resume(control: &OwnedFd, behaviour: &str) -> Option<StdUnixStream> {
     let (mut ours, theirs) = StdUnixStream::pair().unwrap();
     let hello = Hello { version: version.into(), kernel_us: 1, agent_us: 2 };
     writeln!(ours, "{}", serde_json::to_string(&hello).unwrap()).unwrap();
-    let accepted = vmm::Event::VsockAccepted { port: READY_PORT };
-    vmm::send(control, &Message::Event { body: accepted }, &[theirs.as_fd()]).unwrap();
+    let accepted = || Message::Event { body: vmm::Event::VsockAccepted { port: READY_PORT } };
+    vmm::send(control, &accepted(), &[theirs.as_fd()]).unwrap();
+    if behaviour == "connections" {
+        for _ in 0..5000 {
+            vmm::send(control, &accepted(), &[theirs.as_fd()]).unwrap();
+        }
+    }
     Some(ours)
 }
 
-async fn connect(agent: &Arc<Agent>, port: u32, fds: Vec<OwnedFd>) {
+async fn connect(agent: &Arc<Agent>, behaviour: &str, port: u32, fds: Vec<OwnedFd>) {
     let stream = StdUnixStream::from(fds.into_iter().next().unwrap());
     stream.set_nonblocking(true).unwrap();
     let mut stream = UnixStream::from_std(stream).unwrap();
     match port {
+        RPC_PORT if hostile::NONSENSE.contains(&behaviour) => {
+            agent.serve(hostile::interpose(stream, behaviour)).await;
+        }
         RPC_PORT => agent.serve(stream).await,
         STREAM_PORT => {
             let agent = agent.clone();
@@ -184,7 +199,21 @@ impl Agent {
             exit_status,
             ..Default::default()
         };
-        let event = Event { event: Some(event::Event::Exit(exit)), ..Default::default() };
+        self.tell(event::Event::Exit(exit));
+    }
+
+    fn flood(&self) {
+        for _ in 0..25_000 {
+            self.ended("d", "", 0);
+            self.ended("nobody", "", 1);
+            self.ended("d", "nobody", 2);
+            let oom = OutOfMemory { container_id: "d".into(), ..Default::default() };
+            self.tell(event::Event::Oom(oom));
+        }
+    }
+
+    fn tell(&self, event: event::Event) {
+        let event = Event { event: Some(event), ..Default::default() };
         self.exits.lock().unwrap().as_ref().unwrap().send(event).unwrap();
     }
 
@@ -207,6 +236,18 @@ impl Agent {
                 137
             }
             "exit" => process.arguments[1].parse().unwrap(),
+            "lie" => u32::MAX,
+            "flood" => {
+                self.flood();
+                0
+            }
+            "yes" => loop {
+                let written = stdout.as_mut().unwrap().write_all(&[b'y'; 4096]);
+                tokio::select! {
+                    written = written => written.unwrap(),
+                    () = process.killed.notified() => break 137,
+                }
+            },
             other => panic!("unexpected program {other}"),
         }
     }
@@ -249,6 +290,11 @@ impl Task for Service {
         let process = self.0.get(&request.id, &request.exec_id)?;
         match process.arguments[0].as_str() {
             "missing" => return Err(failure(ttrpc::Code::INVALID_ARGUMENT, "missing: no such file")),
+            "never" => std::future::pending().await,
+            "lie" => {
+                self.0.ended(&request.id, &request.exec_id, u32::MAX);
+                return Ok(StartResponse { pid: u32::MAX, ..Default::default() });
+            }
             // Its end is on its way before the answer is.
             "exit" => {
                 let status = self.0.run(&process).await;

@@ -9,6 +9,7 @@ use std::time::Duration;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::frame;
@@ -34,7 +35,7 @@ impl std::fmt::Debug for VmmClient {
 /// It ends when the VMM does.
 pub type EventStream = mpsc::Receiver<(Event, Vec<OwnedFd>)>;
 
-/// Events that may wait for the shim before the VMM's socket is left unread.
+/// Events that may wait for the shim before connections are refused, and the VMM's socket is left unread for other events.
 const EVENT_BACKLOG: usize = 64;
 
 impl VmmClient {
@@ -136,6 +137,12 @@ async fn read_messages(
                     let _ = sender.send(body);
                 }
             }
+            // A guest may connect as often as it wants. What nobody has taken yet is enough, and replies are not to wait for it.
+            Message::Event { body: body @ Event::VsockAccepted { .. } } => {
+                if let Err(TrySendError::Closed(_)) = events.try_send((body, fds)) {
+                    break;
+                }
+            }
             Message::Event { body } => {
                 if events.send((body, fds)).await.is_err() {
                     break;
@@ -203,6 +210,20 @@ mod tests {
         drop(vmm);
         assert!(request.await.is_err());
         assert!(events.recv().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn connections_that_nobody_takes_keep_no_reply_from_arriving() {
+        let (client, _events, vmm) = connect();
+        let accepted = || Message::Event { body: Event::VsockAccepted { port: 1 } };
+        let server = std::thread::spawn(move || {
+            for _ in 0..10 * EVENT_BACKLOG {
+                frame::send(&vmm, &accepted(), &[vmm.as_fd()]).unwrap();
+            }
+            answer(&vmm, Reply::Ok);
+        });
+        client.request(Request::Resume, &[]).await.unwrap();
+        server.join().unwrap();
     }
 
     #[tokio::test]

@@ -15,6 +15,9 @@ pub const MAX_FRAME: usize = 64 * 1024;
 /// The most descriptors that one packet carries.
 pub const MAX_FDS: usize = 8;
 
+/// The most descriptors that the kernel lets one packet carry: `SCM_MAX_FD` of its include/net/scm.h.
+const SCM_MAX_FD: usize = 253;
+
 /// Sends one message with its descriptors.
 ///
 /// # Errors
@@ -42,7 +45,8 @@ pub fn send(socket: impl AsFd, message: &Message, fds: &[BorrowedFd<'_>]) -> Res
 /// [`Error::Malformed`] for a packet that is not of this protocol; its descriptors are closed.
 pub fn receive(socket: impl AsFd) -> Result<(Message, Vec<OwnedFd>)> {
     let mut frame = vec![0; MAX_FRAME];
-    let mut control = cmsg_space!([std::os::fd::RawFd; MAX_FDS]);
+    // Room for all that may come: of more than that the kernel hands over a part, and nobody hears which.
+    let mut control = cmsg_space!([std::os::fd::RawFd; SCM_MAX_FD]);
     let mut parts = [IoSliceMut::new(&mut frame)];
     let received =
         recvmsg::<()>(socket.as_fd().as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)
@@ -55,7 +59,7 @@ pub fn receive(socket: impl AsFd) -> Result<(Message, Vec<OwnedFd>)> {
     if flags.contains(MsgFlags::MSG_TRUNC) {
         return Err(Error::TooLarge { limit: MAX_FRAME, unit: "bytes" });
     }
-    if flags.contains(MsgFlags::MSG_CTRUNC) {
+    if fds.len() > MAX_FDS {
         return Err(Error::TooLarge { limit: MAX_FDS, unit: "descriptors" });
     }
     if length == 0 {
@@ -87,6 +91,23 @@ mod tests {
 
     fn pair() -> (OwnedFd, OwnedFd) {
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn more_descriptors_than_there_may_be_are_refused_and_closed() {
+        for count in [MAX_FDS + 1, SCM_MAX_FD] {
+            let (a, b) = pair();
+            let (reader, writer) = nix::unistd::pipe().unwrap();
+            let many = vec![writer.as_raw_fd(); count];
+            let parts = [IoSlice::new(b"{}")];
+            let rights = [ControlMessage::ScmRights(&many)];
+            sendmsg::<()>(a.as_raw_fd(), &parts, &rights, MsgFlags::empty(), None).unwrap();
+            drop(writer);
+
+            assert!(matches!(receive(&b), Err(Error::TooLarge { limit: MAX_FDS, .. })));
+
+            assert_eq!(File::from(reader).read(&mut [0]).unwrap(), 0, "nobody holds the pipe any more");
+        }
     }
 
     #[test]

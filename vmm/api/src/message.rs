@@ -1,3 +1,5 @@
+use std::num::NonZeroU64;
+
 use serde::{Deserialize, Serialize};
 
 /// The descriptor number on which `mayu-vmm` finds its end of the control socket.
@@ -54,6 +56,22 @@ pub struct VmConfig {
     pub host_ports: Vec<u32>,
     /// The host uid and gid that the VMM runs as.
     pub uid: u32,
+    /// What each network slot may carry, in each direction.
+    pub net_limit: RateLimit,
+    /// What each block slot may read and write together. The guest image has no limit.
+    pub block_limit: RateLimit,
+}
+
+/// What may go through a device in a second. The default is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// Bytes a second.
+    pub bandwidth: Option<NonZeroU64>,
+    /// Packets or requests a second.
+    pub operations: Option<NonZeroU64>,
+    /// How much may go at once after a time of less, in milliseconds' worth of both rates.
+    pub burst_ms: u32,
 }
 
 /// What the shim asks of the VMM.

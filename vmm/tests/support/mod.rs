@@ -14,7 +14,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use mayu_vmm_api::{CONTROL_FD, Event, ExitReason, Message, Reply, Request, VmConfig, receive, send};
+use mayu_vmm_api::{
+    CONTROL_FD, Event, ExitReason, Message, RateLimit, Reply, Request, VmConfig, receive, send,
+};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, setsockopt, socketpair, sockopt};
 use nix::sys::time::TimeVal;
 
@@ -54,6 +56,23 @@ pub fn guest_files() -> Option<(File, File)> {
     }
 }
 
+/// The guest of `tests/hostile-guest`, which the environment names, or nothing where none can run.
+pub fn hostile_guest() -> Option<PathBuf> {
+    let guest = file_from_environment("MAYU_TEST_HOSTILE_GUEST");
+    match no_kvm().map_or(guest, Err) {
+        Ok(guest) => Some(guest),
+        Err(reason) => {
+            skip(&reason);
+            None
+        }
+    }
+}
+
+/// How long a machine is under attack, in seconds.
+pub fn hostile_seconds() -> u64 {
+    std::env::var("MAYU_TEST_HOSTILE_SECONDS").map_or(20, |seconds| seconds.parse().unwrap())
+}
+
 /// A machine's description that fits any test.
 pub fn config() -> VmConfig {
     VmConfig {
@@ -67,6 +86,8 @@ pub fn config() -> VmConfig {
         kernel_args: String::new(),
         host_ports: vec![1024],
         uid: 65_534,
+        net_limit: RateLimit::default(),
+        block_limit: RateLimit::default(),
     }
 }
 

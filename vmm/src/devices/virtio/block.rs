@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
@@ -20,9 +20,12 @@ use vmm_sys_util::eventfd::EventFd;
 use self::backend::Backend;
 pub use self::slot::BlockSlot;
 use self::worker::{Orders, Worker};
+use super::rate_limiter::RateLimiter;
 use super::{Activation, DeviceEvent, DeviceState, Health, VirtioDevice, read_config_from};
 use crate::error::{Error, Result};
 use crate::event_loop::Registrar;
+use crate::seccomp::{Confinement, Kind};
+use crate::thread;
 
 mod backend;
 mod slot;
@@ -55,6 +58,7 @@ pub struct Block {
     slot: BlockSlot,
     id: Id,
     read_only: bool,
+    limiter: RateLimiter,
     active: Option<Active>,
 }
 
@@ -64,6 +68,7 @@ struct Active {
     health: Health,
     worker: Arc<Mutex<Worker>>,
     orders: Arc<Orders>,
+    confinement: Confinement,
     /// Until it is started, the event loop watches the queue; then the thread does.
     thread: Option<JoinHandle<()>>,
 }
@@ -79,7 +84,8 @@ impl Block {
         let read_only = matches!(backend, Some((_, true)));
         let backend = backend.map(|(file, read_only)| Backend::new(file, read_only)).transpose()?;
         let slot = BlockSlot::new(backend);
-        let block = Self { slot: slot.clone(), id: Id::default(), read_only, active: None };
+        let limiter = RateLimiter::default();
+        let block = Self { slot: slot.clone(), id: Id::default(), read_only, limiter, active: None };
         Ok((block, slot))
     }
 
@@ -91,6 +97,13 @@ impl Block {
         for (target, byte) in self.id.iter_mut().zip(id.bytes()) {
             *target = byte;
         }
+        self
+    }
+
+    /// Lets so much through and no more.
+    #[must_use]
+    pub fn with_limiter(mut self, limiter: RateLimiter) -> Self {
+        self.limiter = limiter;
         self
     }
 }
@@ -139,6 +152,7 @@ impl VirtioDevice for Block {
             write_through: activation.features & 1 << VIRTIO_BLK_F_FLUSH == 0,
             slot: self.slot.clone(),
             id: self.id,
+            limiter: self.limiter.clone(),
         };
         let active = self.active.insert(Active {
             registrar: activation.registrar,
@@ -146,6 +160,7 @@ impl VirtioDevice for Block {
             health: activation.health,
             worker: Arc::new(Mutex::new(worker)),
             orders: Arc::default(),
+            confinement: activation.confinement,
             thread: None,
         });
         active.registrar.watch_queue(0, &active.queue_event)
@@ -211,11 +226,8 @@ impl Active {
         self.registrar.forget(&self.queue_event)?;
         let (worker, orders) = (Arc::clone(&self.worker), Arc::clone(&self.orders));
         let queue_event = self.queue_event.try_clone().map_err(Error::EventFd)?;
-        let thread = thread::Builder::new()
-            .name("block".to_owned())
-            .spawn(move || worker::run(&worker, &queue_event, &orders))
-            .map_err(|source| Error::Thread { name: "block", source })?;
-        self.thread = Some(thread);
+        let run = move |()| worker::run(&worker, &queue_event, &orders);
+        self.thread = Some(thread::spawn("block".into(), Kind::Block, &self.confinement, || Ok(()), run)?);
         Ok(())
     }
 

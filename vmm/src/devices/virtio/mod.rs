@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::{Error, Result};
 use crate::event_loop::Registrar;
+use crate::seccomp::Confinement;
 
 mod announcement;
 pub mod block;
@@ -25,9 +26,12 @@ pub mod fs;
 pub mod mem;
 pub mod net;
 mod queue;
+pub mod rate_limiter;
 pub mod rng;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 #[cfg(test)]
-pub(crate) mod testing;
+mod tests;
 pub mod transport;
 mod used;
 pub mod vsock;
@@ -117,6 +121,8 @@ pub struct Activation {
     pub registrar: Registrar,
     /// Set by a device that the driver has broken; the transport then sets DEVICE_NEEDS_RESET.
     pub health: Health,
+    /// What the device's threads may do.
+    pub confinement: Confinement,
 }
 
 /// Counts protocol violations and remembers that a device is beyond use until it is reset.

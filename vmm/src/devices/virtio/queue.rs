@@ -144,3 +144,75 @@ fn check_overlap(registers: &[QueueRegisters]) -> Result<(), Refusal> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use vm_memory::GuestAddressSpace as _;
+
+    use super::*;
+    use crate::devices::virtio::testing::{LOW_MEMORY, guest_memory};
+
+    const MAX_SIZE: u16 = 32;
+
+    /// Mostly what a driver may write, close together and at the end of memory; sometimes anything.
+    fn registers() -> impl Strategy<Value = QueueRegisters> {
+        let address = || {
+            prop_oneof![
+                8 => (0_u64..0x80).prop_map(|place| 0x1000 + 16 * place),
+                2 => (0_u64..0x40).prop_map(|place| LOW_MEMORY - 16 * place),
+                1 => 0x1000_u64..0x1800,
+                1 => any::<u64>(),
+            ]
+        };
+        let size =
+            prop_oneof![6 => (0_u32..7).prop_map(|power| 1 << power), 1 => 0_u32..40, 1 => any::<u32>()];
+        (size, any::<bool>(), address(), address(), address()).prop_map(
+            |(size, ready, descriptor_table, avail_ring, used_ring)| QueueRegisters {
+                size,
+                ready,
+                descriptor_table,
+                avail_ring,
+                used_ring,
+            },
+        )
+    }
+
+    /// The bytes of all three parts of a queue, one by one; none if the queue breaks a rule of its own.
+    fn bytes(queue: &QueueRegisters) -> Option<Vec<u64>> {
+        if !queue.size.is_power_of_two() || queue.size > u32::from(MAX_SIZE) {
+            return None;
+        }
+        let size = u64::from(queue.size);
+        let parts = [
+            (queue.descriptor_table, 16 * size, 16),
+            (queue.avail_ring, 6 + 2 * size, 2),
+            (queue.used_ring, 6 + 8 * size, 4),
+        ];
+        let in_low_memory = |&(start, length, alignment): &(u64, u64, u64)| {
+            start % alignment == 0 && start < LOW_MEMORY && length <= LOW_MEMORY - start
+        };
+        let fits = parts.iter().all(in_low_memory) && queue.avail_ring != 0;
+        fits.then(|| parts.iter().flat_map(|&(start, length, _)| start..start + length).collect())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// Queues are accepted exactly if each keeps the rules and no byte is part of two things.
+        #[test]
+        fn what_is_accepted_shares_no_byte(queues in prop::collection::vec(registers(), 1..4)) {
+            let memory = guest_memory();
+            let max_sizes = vec![MAX_SIZE; queues.len()];
+            let built = build(&queues, &max_sizes, &[], true, &memory.memory());
+
+            let ready: Vec<_> = queues.iter().filter(|queue| queue.ready).map(bytes).collect();
+            let legal = ready.iter().all(Option::is_some);
+            let mut all: Vec<_> = ready.into_iter().flatten().flatten().collect();
+            let count = all.len();
+            all.sort_unstable();
+            all.dedup();
+            prop_assert_eq!(built.is_ok(), legal && all.len() == count, "{:x?}", queues);
+        }
+    }
+}

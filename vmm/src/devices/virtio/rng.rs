@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use rustix::io::Errno;
+use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
@@ -39,6 +41,8 @@ const PERIOD_ENDED: u32 = 0;
 #[derive(Default)]
 pub struct Rng {
     active: Option<Active>,
+    /// Kept from one driver for the next: a reset is no way to more.
+    allowance: Option<Allowance>,
 }
 
 struct Active {
@@ -48,12 +52,17 @@ struct Active {
     interrupt: Interrupt,
     health: Health,
     registrar: Registrar,
+    allowance: Allowance,
+    paused: bool,
+}
+
+/// What the guest may still have.
+struct Allowance {
     /// Armed by the first request of a period.
     timer: TimerFd,
     armed: bool,
     /// What is left in this period, in bytes.
-    budget: usize,
-    paused: bool,
+    left: usize,
 }
 
 impl Rng {
@@ -85,7 +94,10 @@ impl VirtioDevice for Rng {
         let Some((queue, queue_event)) = queues.next() else {
             return Ok(());
         };
-        let timer = TimerFd::new().map_err(|error| timer_error("make a timer", error))?;
+        let allowance = match self.allowance.take() {
+            Some(allowance) => allowance,
+            None => Allowance::new()?,
+        };
         let active = self.active.insert(Active {
             queue,
             queue_event,
@@ -93,13 +105,11 @@ impl VirtioDevice for Rng {
             interrupt: activation.interrupt,
             health: activation.health,
             registrar: activation.registrar,
-            timer,
-            armed: false,
-            budget: BUDGET,
+            allowance,
             paused: false,
         });
         active.registrar.watch_queue(0, &active.queue_event)?;
-        active.registrar.watch(&active.timer, EventSet::IN, PERIOD_ENDED)
+        active.registrar.watch(&active.allowance.timer, EventSet::IN, PERIOD_ENDED)
     }
 
     fn process(&mut self, event: DeviceEvent) -> Result<()> {
@@ -107,7 +117,7 @@ impl VirtioDevice for Rng {
             return Ok(());
         };
         if matches!(event, DeviceEvent::Backend { .. }) {
-            active.start_period()?;
+            active.allowance.renew()?;
         }
         active.serve()
     }
@@ -116,7 +126,8 @@ impl VirtioDevice for Rng {
         if let Some(active) = self.active.take() {
             // Both fail only if `activate` did not get so far.
             let _ = active.registrar.forget(&active.queue_event);
-            let _ = active.registrar.forget(&active.timer);
+            let _ = active.registrar.forget(&active.allowance.timer);
+            self.allowance = Some(active.allowance);
         }
     }
 
@@ -145,14 +156,6 @@ impl VirtioDevice for Rng {
 }
 
 impl Active {
-    fn start_period(&mut self) -> Result<()> {
-        // Also takes back the expiration. Reading it could block, if this event is from before a reset.
-        self.timer.clear().map_err(|error| timer_error("stop its timer", error))?;
-        self.armed = false;
-        self.budget = BUDGET;
-        Ok(())
-    }
-
     /// Serves what is in the queue, as far as the budget goes.
     fn serve(&mut self) -> Result<()> {
         if self.paused {
@@ -162,15 +165,15 @@ impl Active {
         let used = self.queue.next_used();
         loop {
             self.queue.disable_notification(&*memory).map_err(queue_error)?;
-            while self.budget > 0
+            while self.allowance.left > 0
                 && let Some(chain) = self.queue.iter(&*memory).map_err(queue_error)?.next()
             {
                 let head = chain.head_index();
                 let written = self.answer(&memory, chain)?;
                 self.queue.add_used(&*memory, head, written).map_err(queue_error)?;
             }
-            // With no budget left, the end of the period is what goes on, and no kick.
-            if self.budget == 0 || !self.queue.enable_notification(&*memory).map_err(queue_error)? {
+            // With nothing left, the end of the period is what goes on, and no kick.
+            if self.allowance.left == 0 || !self.queue.enable_notification(&*memory).map_err(queue_error)? {
                 break;
             }
         }
@@ -189,16 +192,32 @@ impl Active {
                 chain.writable.split_front(length)
             });
         let length = wanted.as_ref().map_or(0, Buffers::len);
-        self.spend(length.max(MIN_COST))?;
+        self.allowance.spend(length.max(MIN_COST))?;
         match wanted {
             Some(buffers) => fill(buffers)?,
             None => self.health.count_error(),
         }
         Ok(u32::try_from(length).unwrap_or(0))
     }
+}
+
+impl Allowance {
+    fn new() -> Result<Self> {
+        let timer = TimerFd::new().map_err(|error| timer_error("make a timer", error))?;
+        Ok(Self { timer, armed: false, left: BUDGET })
+    }
+
+    /// A period has ended.
+    fn renew(&mut self) -> Result<()> {
+        // Also takes back the expiration.
+        self.timer.clear().map_err(|error| timer_error("stop its timer", error))?;
+        self.armed = false;
+        self.left = BUDGET;
+        Ok(())
+    }
 
     fn spend(&mut self, bytes: usize) -> Result<()> {
-        self.budget = self.budget.saturating_sub(bytes);
+        self.left = self.left.saturating_sub(bytes);
         if !self.armed {
             self.timer.reset(PERIOD, None).map_err(|error| timer_error("start its timer", error))?;
             self.armed = true;
@@ -213,12 +232,24 @@ fn fill(mut buffers: Buffers<'_>) -> Result<()> {
         && !chunk.is_empty()
     {
         let random = &mut random[..chunk.len()];
-        getrandom::fill(random).map_err(|error| Error::Device {
+        get_random(random).map_err(|error| Error::Device {
             device: "rng",
             operation: "get entropy",
             source: error.into(),
         })?;
         chunk.copy_from(random);
+    }
+    Ok(())
+}
+
+/// A signal may end a call early, or before it has any (getrandom(2)).
+fn get_random(mut buffer: &mut [u8]) -> rustix::io::Result<()> {
+    while !buffer.is_empty() {
+        match getrandom(&mut *buffer, GetRandomFlags::empty()) {
+            Ok(filled) => buffer = &mut buffer[filled..],
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
     }
     Ok(())
 }
@@ -312,6 +343,23 @@ mod tests {
         driver.run_until(|driver| driver.queues[0].pending() == requests);
         driver.queues[0].used();
         assert_works(&mut driver);
+    }
+
+    #[test]
+    fn a_reset_is_no_way_to_more() {
+        let mut driver = new_driver();
+        for _ in 0..BUDGET / MAX_REQUEST {
+            add(&mut driver, MAX_REQUEST);
+        }
+        driver.transport.process(DeviceEvent::Queue(0));
+        assert_eq!(driver.queues[0].used().len(), BUDGET / MAX_REQUEST);
+
+        driver.start(0);
+        add(&mut driver, 64);
+        driver.transport.process(DeviceEvent::Queue(0));
+        assert_eq!(driver.queues[0].pending(), 0);
+        // The timer's doing.
+        driver.run_until(|driver| driver.queues[0].pending() == 1);
     }
 
     #[test]

@@ -1,6 +1,10 @@
 //! A driver for tests: it runs a device behind its real transport and writes virtqueues into guest memory byte by
-//! byte, so that it can also write what no driver may.
+//! byte, so that it can also write what no driver may. The fuzz targets drive the devices by it as well, for which
+//! there is the feature `testing`.
 
+#![allow(clippy::unwrap_used)]
+
+use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -14,19 +18,26 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::transport::MmioTransport;
 use super::{DeviceEvent, GuestMemory, Interrupt, VirtioDevice};
 use crate::event_loop::{Ready, Registrar};
+use crate::seccomp::Confinement;
 
-pub(crate) const NEXT: u16 = 1;
-pub(crate) const WRITE: u16 = 2;
-pub(crate) const INDIRECT: u16 = 4;
+/// `VIRTQ_DESC_F_NEXT`: the chain goes on (virtio 1.2, 2.7.5).
+pub const NEXT: u16 = 1;
+/// `VIRTQ_DESC_F_WRITE`: the device writes the buffer.
+pub const WRITE: u16 = 2;
+/// `VIRTQ_DESC_F_INDIRECT`: the buffer holds a table of descriptors.
+pub const INDIRECT: u16 = 4;
 
 /// The device's status when its driver has done everything right.
-pub(crate) const RUNNING: u32 = 0xf;
-pub(crate) const NEEDS_RESET: u32 = 0x40;
+pub const RUNNING: u32 = 0xf;
+/// The device's bit in its status that says that it has given up.
+pub const NEEDS_RESET: u32 = 0x40;
 
-/// Guest memory: some from zero, then the hole, then some more from 4 GiB on.
-pub(crate) const LOW_MEMORY: u64 = 64 << 20;
-pub(crate) const HIGH_MEMORY: u64 = 1 << 32;
-pub(crate) const HIGH_MEMORY_SIZE: u64 = 1 << 20;
+/// Guest memory: so many bytes from zero, then the hole, ...
+pub const LOW_MEMORY: u64 = 64 << 20;
+/// ... then more from here on, ...
+pub const HIGH_MEMORY: u64 = 1 << 32;
+/// ... so many bytes.
+pub const HIGH_MEMORY_SIZE: u64 = 1 << 20;
 
 /// Where the first queue lies, and how much room each one has.
 const QUEUES: u64 = 0x1_0000;
@@ -40,7 +51,8 @@ const PATIENCE: i32 = 30_000;
 /// The event loop's word for the interrupt line.
 const INTERRUPT: u64 = u64::MAX;
 
-pub(crate) fn guest_memory() -> GuestMemory {
+/// Fresh guest memory.
+pub fn guest_memory() -> GuestMemory {
     let regions = [
         (GuestAddress(0), usize::try_from(LOW_MEMORY).unwrap()),
         (GuestAddress(HIGH_MEMORY), usize::try_from(HIGH_MEMORY_SIZE).unwrap()),
@@ -50,30 +62,35 @@ pub(crate) fn guest_memory() -> GuestMemory {
 
 /// One descriptor as it lies in guest memory (virtio 1.2, 2.7.5).
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Descriptor {
+pub struct Descriptor {
+    /// Guest physical address of the buffer.
     pub address: u64,
+    /// In bytes.
     pub length: u32,
+    /// [`NEXT`], [`WRITE`] and [`INDIRECT`].
     pub flags: u16,
+    /// The number of the next one.
     pub next: u16,
 }
 
 impl Descriptor {
     /// A buffer that the device reads; [`DriverQueue::add`] links it.
-    pub(crate) fn readable(address: u64, length: u32) -> Self {
+    pub fn readable(address: u64, length: u32) -> Self {
         Self { address, length, flags: 0, next: 0 }
     }
 
     /// A buffer that the device writes.
-    pub(crate) fn writable(address: u64, length: u32) -> Self {
+    pub fn writable(address: u64, length: u32) -> Self {
         Self { flags: WRITE, ..Self::readable(address, length) }
     }
 
     /// A table of `count` descriptors.
-    pub(crate) fn indirect(address: u64, count: u32) -> Self {
+    pub fn indirect(address: u64, count: u32) -> Self {
         Self { flags: INDIRECT, ..Self::readable(address, count * 16) }
     }
 
-    pub(crate) fn bytes(self) -> Vec<u8> {
+    /// As it lies in guest memory.
+    pub fn bytes(self) -> Vec<u8> {
         let mut bytes = self.address.to_le_bytes().to_vec();
         bytes.extend(self.length.to_le_bytes());
         bytes.extend(self.flags.to_le_bytes());
@@ -83,7 +100,7 @@ impl Descriptor {
 }
 
 /// Links descriptors one after the other, the first of them being number `first` of `size`.
-pub(crate) fn link(chain: &[Descriptor], first: u16, size: u16) -> Vec<Descriptor> {
+pub fn link(chain: &[Descriptor], first: u16, size: u16) -> Vec<Descriptor> {
     let mut linked = chain.to_vec();
     for (number, descriptor) in linked.iter_mut().rev().skip(1).rev().enumerate() {
         descriptor.flags |= NEXT;
@@ -94,17 +111,23 @@ pub(crate) fn link(chain: &[Descriptor], first: u16, size: u16) -> Vec<Descripto
 
 /// A used element: the chain's head and how many bytes the device wrote.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Used {
+pub struct Used {
+    /// The number of the chain's first descriptor.
     pub head: u32,
+    /// In bytes.
     pub length: u32,
 }
 
 /// One split virtqueue from the driver's side.
-pub(crate) struct DriverQueue {
+pub struct DriverQueue {
     memory: GuestMemory,
+    /// In descriptors.
     pub size: u16,
+    /// Guest physical address.
     pub descriptor_table: u64,
+    /// Guest physical address.
     pub avail_ring: u64,
+    /// Guest physical address.
     pub used_ring: u64,
     next_descriptor: u16,
     avail_index: u16,
@@ -114,7 +137,8 @@ pub(crate) struct DriverQueue {
 }
 
 impl DriverQueue {
-    pub(crate) fn new(memory: &GuestMemory, number: usize, size: u16) -> Self {
+    /// Queue number `number` with `size` descriptors, in its own part of guest memory.
+    pub fn new(memory: &GuestMemory, number: usize, size: u16) -> Self {
         let base = QUEUES + u64::try_from(number).unwrap() * 0x1_0000;
         Self {
             memory: memory.clone(),
@@ -130,13 +154,13 @@ impl DriverQueue {
     }
 
     /// Writes one descriptor of the table.
-    pub(crate) fn write_descriptor(&self, number: u16, descriptor: Descriptor) {
+    pub fn write_descriptor(&self, number: u16, descriptor: Descriptor) {
         write(&self.memory, self.descriptor_table + u64::from(number) * 16, &descriptor.bytes());
     }
 
     /// Links the descriptors, puts them where none were before (the table is used round and round), and makes them
     /// available. Returns the head.
-    pub(crate) fn add(&mut self, chain: &[Descriptor]) -> u16 {
+    pub fn add(&mut self, chain: &[Descriptor]) -> u16 {
         let head = self.next_descriptor;
         for descriptor in link(chain, head, self.size) {
             self.write_descriptor(self.next_descriptor, descriptor);
@@ -147,21 +171,21 @@ impl DriverQueue {
     }
 
     /// Makes the chain at `head` available.
-    pub(crate) fn publish(&mut self, head: u16) {
+    pub fn publish(&mut self, head: u16) {
         let slot = u64::from(self.avail_index % self.size);
         write(&self.memory, self.avail_ring + 4 + 2 * slot, &head.to_le_bytes());
         self.set_avail_index(self.avail_index.wrapping_add(1));
     }
 
     /// Says how many chains were ever made available.
-    pub(crate) fn set_avail_index(&mut self, index: u16) {
+    pub fn set_avail_index(&mut self, index: u16) {
         self.avail_index = index;
         write(&self.memory, self.avail_ring + 2, &index.to_le_bytes());
     }
 
     /// Whether the device wants to be kicked for what was added since the last call, which only a driver that trusts it
     /// asks (virtio 1.2, 2.7.10).
-    pub(crate) fn wants_kick(&mut self, event_idx: bool) -> bool {
+    pub fn wants_kick(&mut self, event_idx: bool) -> bool {
         let (before, now) = (self.kicked_index, self.avail_index);
         self.kicked_index = now;
         // The device first writes what it wants and then looks into the available ring.
@@ -175,29 +199,34 @@ impl DriverQueue {
     }
 
     /// With event indices: asks for an interrupt once the used index passes `index`.
-    pub(crate) fn set_used_event(&self, index: u16) {
+    pub fn set_used_event(&self, index: u16) {
         let address = self.avail_ring + 4 + 2 * u64::from(self.size);
         write(&self.memory, address, &index.to_le_bytes());
     }
 
     /// With event indices: asks for an interrupt for what is used from now on, as a driver does that is about to wait.
-    pub(crate) fn want_interrupt(&self) {
+    pub fn want_interrupt(&self) {
         self.set_used_event(self.used_index.wrapping_add(self.pending()));
     }
 
     /// How many chains the device has used that `used` has not returned yet.
-    pub(crate) fn pending(&self) -> u16 {
+    pub fn pending(&self) -> u16 {
         let index = read(&self.memory, self.used_ring + 2, 2);
         u16::from_le_bytes(index.try_into().unwrap()).wrapping_sub(self.used_index)
     }
 
+    /// How many chains are available that the device has not used.
+    pub fn unanswered(&self) -> u16 {
+        self.avail_index.wrapping_sub(self.used_index).wrapping_sub(self.pending())
+    }
+
     /// What the device has used since the last call.
-    pub(crate) fn used(&mut self) -> Vec<Used> {
+    pub fn used(&mut self) -> Vec<Used> {
         (0..self.pending()).map(|_| self.used_one()).collect()
     }
 
     /// The next chain that the device has used.
-    pub(crate) fn used_one(&mut self) -> Used {
+    pub fn used_one(&mut self) -> Used {
         let slot = u64::from(self.used_index % self.size);
         let element = read(&self.memory, self.used_ring + 4 + 8 * slot, 8);
         let (head, length) = element.split_at(4);
@@ -209,7 +238,7 @@ impl DriverQueue {
     }
 
     /// The device's half, ready, for tests without a transport.
-    pub(crate) fn device_side(&self) -> Queue {
+    pub fn device_side(&self) -> Queue {
         Queue::try_from(QueueState {
             max_size: self.size,
             size: self.size,
@@ -223,7 +252,7 @@ impl DriverQueue {
     }
 
     /// Goes on as if so many chains had come and gone.
-    pub(crate) fn start_at(&mut self, position: u16) {
+    pub fn start_at(&mut self, position: u16) {
         (self.avail_index, self.used_index) = (position, position);
     }
 
@@ -234,9 +263,12 @@ impl DriverQueue {
 }
 
 /// A device, its transport, an event loop, and the driver's half of it all.
-pub(crate) struct Driver {
+pub struct Driver {
+    /// All of guest memory.
     pub memory: GuestMemory,
+    /// The device, as its registers show it.
     pub transport: MmioTransport,
+    /// All queues of the device.
     pub queues: Vec<DriverQueue>,
     /// How often the interrupt line was found raised.
     pub interrupts: u64,
@@ -248,7 +280,7 @@ pub(crate) struct Driver {
 
 impl Driver {
     /// A machine with this device, freshly powered on.
-    pub(crate) fn new(device: Box<dyn VirtioDevice>) -> Self {
+    pub fn new(device: Box<dyn VirtioDevice>) -> Self {
         Self::with_memory(device, guest_memory())
     }
 
@@ -268,7 +300,14 @@ impl Driver {
             sizes.iter().enumerate().map(|(number, &size)| DriverQueue::new(&memory, number, size)).collect();
         let registrar = Registrar::new(Arc::clone(&epoll), 0);
         Self {
-            transport: MmioTransport::new(device, memory.clone(), interrupt, events, registrar),
+            transport: MmioTransport::new(
+                device,
+                memory.clone(),
+                interrupt,
+                events,
+                registrar,
+                Confinement::none(),
+            ),
             memory,
             queues,
             interrupts: 0,
@@ -280,7 +319,7 @@ impl Driver {
 
     /// Goes on with another device in the same place, as after a restore. Guest memory and the driver's own state
     /// stay as they are.
-    pub(crate) fn move_to(self, device: Box<dyn VirtioDevice>) -> Self {
+    pub fn move_to(self, device: Box<dyn VirtioDevice>) -> Self {
         let mut moved = Self::with_memory(device, self.memory);
         moved.queues = self.queues;
         moved.next_buffer = self.next_buffer;
@@ -288,7 +327,7 @@ impl Driver {
     }
 
     /// Everything from reset to DRIVER_OK, with all queues and exactly these features beside VERSION_1.
-    pub(crate) fn start(&mut self, features: u64) {
+    pub fn start(&mut self, features: u64) {
         self.negotiate(features);
         for number in 0..self.queues.len() {
             self.set_up_queue(number);
@@ -298,7 +337,7 @@ impl Driver {
     }
 
     /// From reset to FEATURES_OK.
-    pub(crate) fn negotiate(&mut self, features: u64) {
+    pub fn negotiate(&mut self, features: u64) {
         self.write_register(VIRTIO_MMIO_STATUS, 0);
         for queue in &mut self.queues {
             queue.restart();
@@ -315,7 +354,7 @@ impl Driver {
     }
 
     /// Tells the device where a queue lies, and that it is ready.
-    pub(crate) fn set_up_queue(&mut self, number: usize) {
+    pub fn set_up_queue(&mut self, number: usize) {
         let queue = &self.queues[number];
         let (size, addresses) = (
             u32::from(queue.size),
@@ -334,41 +373,44 @@ impl Driver {
         self.write_register(VIRTIO_MMIO_QUEUE_READY, 1);
     }
 
-    pub(crate) fn status(&mut self) -> u32 {
+    /// The device's status register.
+    pub fn status(&mut self) -> u32 {
         self.read_register(VIRTIO_MMIO_STATUS)
     }
 
-    pub(crate) fn read_register(&mut self, register: u32) -> u32 {
+    /// Reads the register at this offset.
+    pub fn read_register(&mut self, register: u32) -> u32 {
         let mut data = [0; 4];
         self.transport.read(u64::from(register), &mut data);
         u32::from_le_bytes(data)
     }
 
-    pub(crate) fn write_register(&mut self, register: u32, value: u32) {
+    /// Writes the register at this offset.
+    pub fn write_register(&mut self, register: u32, value: u32) {
         self.transport.write(u64::from(register), &value.to_le_bytes());
     }
 
     /// Reads the device's configuration.
-    pub(crate) fn config(&mut self, offset: u64, length: usize) -> Vec<u8> {
+    pub fn config(&mut self, offset: u64, length: usize) -> Vec<u8> {
         let mut data = vec![0xee; length];
         self.transport.read(u64::from(VIRTIO_MMIO_CONFIG) + offset, &mut data);
         data
     }
 
     /// Handles an interrupt as a driver does: reads its reasons and acknowledges them.
-    pub(crate) fn take_interrupt(&mut self) -> u32 {
+    pub fn take_interrupt(&mut self) -> u32 {
         let reasons = self.read_register(VIRTIO_MMIO_INTERRUPT_STATUS);
         self.write_register(VIRTIO_MMIO_INTERRUPT_ACK, reasons);
         reasons
     }
 
     /// Tells the device that a queue has new chains.
-    pub(crate) fn kick(&mut self, queue: u16) {
+    pub fn kick(&mut self, queue: u16) {
         self.write_register(VIRTIO_MMIO_QUEUE_NOTIFY, u32::from(queue));
     }
 
     /// Kicks the queue and waits until the device has used `count` chains of it.
-    pub(crate) fn exchange(&mut self, queue: u16, count: u16) -> Vec<Used> {
+    pub fn exchange(&mut self, queue: u16, count: u16) -> Vec<Used> {
         self.kick(queue);
         let queue = usize::from(queue);
         self.run_until(|driver| driver.queues[queue].pending() >= count);
@@ -376,25 +418,25 @@ impl Driver {
     }
 
     /// Runs the event loop as long as something is ready.
-    pub(crate) fn run(&mut self) {
+    pub fn run(&mut self) {
         while self.dispatch(0) > 0 {}
     }
 
     /// Runs the event loop until `condition` holds.
-    pub(crate) fn run_until(&mut self, mut condition: impl FnMut(&mut Self) -> bool) {
+    pub fn run_until(&mut self, mut condition: impl FnMut(&mut Self) -> bool) {
         while !condition(self) {
             assert_ne!(self.dispatch(PATIENCE), 0, "the device does nothing");
         }
     }
 
     /// Runs the event loop until the device has broken down, for which it interrupts.
-    pub(crate) fn run_until_broken(&mut self) {
+    pub fn run_until_broken(&mut self) {
         self.run_until(|driver| driver.status() & NEEDS_RESET != 0);
         self.run();
     }
 
     /// A piece of guest memory that nothing else uses.
-    pub(crate) fn alloc(&mut self, length: usize) -> u64 {
+    pub fn alloc(&mut self, length: usize) -> u64 {
         let address = self.next_buffer;
         self.next_buffer += u64::try_from(length.next_multiple_of(64)).unwrap();
         assert!(self.next_buffer <= LOW_MEMORY, "guest memory is full");
@@ -402,30 +444,38 @@ impl Driver {
     }
 
     /// A piece of guest memory with these bytes.
-    pub(crate) fn alloc_bytes(&mut self, bytes: &[u8]) -> u64 {
+    pub fn alloc_bytes(&mut self, bytes: &[u8]) -> u64 {
         let address = self.alloc(bytes.len());
         self.write(address, bytes);
         address
     }
 
     /// A table for [`Descriptor::indirect`] with these descriptors, as they are.
-    pub(crate) fn alloc_table(&mut self, descriptors: &[Descriptor]) -> u64 {
+    pub fn alloc_table(&mut self, descriptors: &[Descriptor]) -> u64 {
         let bytes: Vec<u8> = descriptors.iter().flat_map(|descriptor| descriptor.bytes()).collect();
         self.alloc_bytes(&bytes)
     }
 
-    pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
+    /// Writes guest memory, which has to be there.
+    pub fn write(&self, address: u64, bytes: &[u8]) {
         write(&self.memory, address, bytes);
     }
 
-    pub(crate) fn read(&self, address: u64, length: usize) -> Vec<u8> {
+    /// Reads guest memory, which has to be there.
+    pub fn read(&self, address: u64, length: usize) -> Vec<u8> {
         read(&self.memory, address, length)
     }
 
     /// Waits for events and handles them; returns how many there were.
     fn dispatch(&mut self, timeout: i32) -> usize {
         let mut events = [EpollEvent::default(); 16];
-        let count = self.epoll.wait(timeout, &mut events).unwrap();
+        let count = loop {
+            match self.epoll.wait(timeout, &mut events) {
+                // Fuzzers have alarms.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                count => break count.unwrap(),
+            }
+        };
         for event in &events[..count] {
             if event.data() == INTERRUPT {
                 // Another event's handling may have raised or taken it meanwhile.

@@ -21,6 +21,7 @@ use super::queue::{self, QueuePosition, QueueRegisters};
 use super::{Activation, DeviceEvent, DeviceState, GuestMemory, Health, Interrupt, VirtioDevice};
 use crate::error::{Error, Result};
 use crate::event_loop::Registrar;
+use crate::seccomp::Confinement;
 
 /// `MagicValue`: "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
@@ -47,6 +48,7 @@ pub struct MmioTransport {
     queue_events: Vec<EventFd>,
     registrar: Registrar,
     health: Health,
+    confinement: Confinement,
     registers: Registers,
     /// The device has been activated, and neither reset nor broken since.
     active: bool,
@@ -83,6 +85,7 @@ impl MmioTransport {
         interrupt: Interrupt,
         queue_events: Vec<EventFd>,
         registrar: Registrar,
+        confinement: Confinement,
     ) -> Self {
         let registers = Registers::new(device.queue_sizes().len());
         Self {
@@ -92,6 +95,7 @@ impl MmioTransport {
             queue_events,
             registrar,
             health: Health::default(),
+            confinement,
             registers,
             active: false,
             paused: false,
@@ -335,6 +339,7 @@ impl MmioTransport {
             features,
             registrar: self.registrar.clone(),
             health: self.health.clone(),
+            confinement: self.confinement.clone(),
         })
     }
 

@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{BlockSlot, Id, SEG_MAX, SIZE_MAX};
 use crate::devices::virtio::chain::{Buffers, Chain};
+use crate::devices::virtio::rate_limiter::RateLimiter;
 use crate::devices::virtio::{GuestMemory, Health, Interrupt};
 use crate::error::{Error, Result};
 
@@ -23,7 +24,7 @@ const HEADER_SIZE: usize = 16;
 
 /// The most data in one request, in bytes: what `seg_max` and `size_max` allow. It bounds how long `pause`, `reset`
 /// and `detach` wait.
-const MAX_TRANSFER: usize = SEG_MAX as usize * SIZE_MAX as usize;
+pub(super) const MAX_TRANSFER: usize = SEG_MAX as usize * SIZE_MAX as usize;
 
 /// What the device wants its thread to do.
 #[derive(Default)]
@@ -66,9 +67,17 @@ pub(super) struct Worker {
     pub write_through: bool,
     pub slot: BlockSlot,
     pub id: Id,
+    pub limiter: RateLimiter,
 }
 
-/// The thread: serves the queue now and whenever it is kicked, until it is stopped or the queue is beyond use.
+/// A request that has where to answer.
+struct Request<'a> {
+    chain: Chain<'a>,
+    status: Buffers<'a>,
+}
+
+/// The thread: serves the queue now, whenever it is kicked, and when a limit lets it go on, until it is stopped or the queue
+/// is beyond use.
 pub(super) fn run(worker: &Mutex<Worker>, queue_event: &EventFd, orders: &Orders) {
     if let Err(error) = serve_until_stopped(worker, queue_event, orders) {
         let worker = worker.lock().unwrap_or_else(PoisonError::into_inner);
@@ -82,9 +91,11 @@ fn serve_until_stopped(worker: &Mutex<Worker>, queue_event: &EventFd, orders: &O
     let kicks = Epoll::new().map_err(Error::EventFd)?;
     let interest = EpollEvent::new(EventSet::IN, 0);
     kicks.ctl(ControlOperation::Add, queue_event.as_raw_fd(), interest).map_err(Error::EventFd)?;
+    let lock = || worker.lock().unwrap_or_else(PoisonError::into_inner);
+    lock().limiter.watch(&kicks, 1)?;
     while !orders.stopped() {
-        worker.lock().unwrap_or_else(PoisonError::into_inner).serve(orders)?;
-        // A signal wakes it up as well, and then there is nothing to read. Neither does harm.
+        lock().serve(orders)?;
+        // A signal or the timer wakes it up as well, and then there is nothing to read. Neither does harm.
         let _ = kicks.wait(-1, &mut [EpollEvent::default()]);
         let _ = queue_event.read();
     }
@@ -115,16 +126,22 @@ impl Worker {
         self.queue.state()
     }
 
-    /// Serves requests as long as there are any and the orders allow it.
+    /// Serves requests as long as there are any and the orders and the limit allow it.
     pub(super) fn serve(&mut self, orders: &Orders) -> Result<()> {
         let memory = self.memory.memory();
-        while orders.go_on() {
+        while orders.go_on() && !self.limiter.is_waiting() {
             self.queue.disable_notification(&*memory).map_err(queue_error)?;
             while orders.go_on()
                 && let Some(chain) = self.queue.iter(&*memory).map_err(queue_error)?.next()
             {
                 let head = chain.head_index();
-                let written = self.answer(&memory, chain);
+                let request = request(&memory, chain, self.queue.size());
+                if !self.limiter.admit(request.as_ref().map_or(0, Request::length)) {
+                    // Its turn comes when the timer says so; until then no kick is news.
+                    self.queue.go_to_previous_position();
+                    return Ok(());
+                }
+                let written = self.answer(request);
                 self.queue.add_used(&*memory, head, written).map_err(queue_error)?;
                 if self.queue.needs_notification(&*memory).map_err(queue_error)? {
                     self.interrupt.used_ring().map_err(Error::EventFd)?;
@@ -138,12 +155,8 @@ impl Worker {
     }
 
     /// Serves one request, and says how many bytes of its buffers were written.
-    fn answer(&self, memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>) -> u32 {
-        let parts = Chain::walk(memory, chain, self.queue.size()).and_then(|mut chain| {
-            let status = chain.writable.split_back(1)?;
-            Some((chain, status))
-        });
-        let Some((chain, status)) = parts else {
+    fn answer(&self, request: Option<Request<'_>>) -> u32 {
+        let Some(Request { chain, status }) = request else {
             // Nowhere to say what is wrong.
             self.health.count_error();
             return 0;
@@ -207,6 +220,25 @@ impl Worker {
         let backend = backend.as_ref().ok_or(Failure::Io)?;
         backend.flush().map_err(|_| Failure::Io)?;
         Ok(0)
+    }
+}
+
+/// The request in a chain, if it is one.
+fn request<'a>(
+    memory: &'a GuestMemoryMmap,
+    chain: DescriptorChain<&GuestMemoryMmap>,
+    limit: u16,
+) -> Option<Request<'a>> {
+    let mut chain = Chain::walk(memory, chain, limit)?;
+    let status = chain.writable.split_back(1)?;
+    Some(Request { chain, status })
+}
+
+impl Request<'_> {
+    /// How much data goes with it, in bytes, if it is one that can be.
+    fn length(&self) -> usize {
+        let readable = self.chain.readable.len().saturating_sub(HEADER_SIZE);
+        (readable + self.chain.writable.len()).min(MAX_TRANSFER)
     }
 }
 

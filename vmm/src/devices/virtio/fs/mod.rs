@@ -21,6 +21,7 @@ use virtio_queue::QueueState;
 
 use super::{Activation, DeviceEvent, DeviceState, VirtioDevice, read_config_from};
 use crate::error::{Error, Result};
+use crate::seccomp::Confinement;
 use gate::Gate;
 use share::Share;
 use table::Budget;
@@ -78,11 +79,11 @@ impl Fs {
     ///
     /// # Errors
     /// The name is empty or longer than 36 bytes, the directory cannot be opened, or a thread cannot be started.
-    pub fn new(tag: &str, root: &Path) -> Result<Self> {
-        Self::with_budget(tag, root, Budget::from_limits())
+    pub fn new(tag: &str, root: &Path, confinement: &Confinement) -> Result<Self> {
+        Self::with_budget(tag, root, confinement, Budget::from_limits())
     }
 
-    fn with_budget(tag: &str, root: &Path, budget: Arc<Budget>) -> Result<Self> {
+    fn with_budget(tag: &str, root: &Path, confinement: &Confinement, budget: Arc<Budget>) -> Result<Self> {
         let config =
             config(tag).ok_or_else(|| failed("name the share", io::ErrorKind::InvalidInput.into()))?;
         let share = Share::new(root, budget).map_err(|error| failed("open the shared directory", error))?;
@@ -91,7 +92,7 @@ impl Fs {
         let mut fs =
             Self { config, share, gate: Arc::new(Gate::new()?), workers: Vec::with_capacity(WORKERS) };
         for _ in 0..WORKERS {
-            fs.workers.push(worker::spawn(&fs.gate, &server)?);
+            fs.workers.push(worker::spawn(&fs.gate, &server, confinement)?);
         }
         Ok(fs)
     }

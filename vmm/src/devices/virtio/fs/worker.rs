@@ -1,7 +1,7 @@
 //! The threads that serve the driver's requests.
 
 use std::io;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use fuse_backend_rs::api::server::Server;
@@ -15,7 +15,9 @@ use super::request::Request;
 use super::session::{KickedQueue, QueueResult, Session};
 use super::share::Share;
 use crate::devices::virtio::Health;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::seccomp::{Confinement, Kind};
+use crate::thread;
 
 /// One thread that serves requests.
 struct Worker {
@@ -28,26 +30,14 @@ struct Worker {
 ///
 /// # Errors
 /// There is no thread to be had, or it cannot act for others.
-pub(super) fn spawn(gate: &Arc<Gate>, server: &Arc<Server<Arc<Share>>>) -> Result<JoinHandle<()>> {
+pub(super) fn spawn(
+    gate: &Arc<Gate>,
+    server: &Arc<Server<Arc<Share>>>,
+    confinement: &Confinement,
+) -> Result<JoinHandle<()>> {
     let (gate, server) = (Arc::clone(gate), Arc::clone(server));
-    let (ready, started) = mpsc::channel();
-    let run = move || match Identity::of_this_thread() {
-        Ok(identity) => {
-            let _ = ready.send(Ok(()));
-            Worker { gate, server, identity }.run();
-        }
-        Err(error) => {
-            let _ = ready.send(Err(error));
-        }
-    };
-    let name = "virtio-fs";
-    let thread_error = |source| Error::Thread { name, source };
-    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(run).map_err(thread_error)?;
-    match started.recv() {
-        Ok(Ok(())) => Ok(thread),
-        Ok(Err(error)) => Err(thread_error(error)),
-        Err(_) => Err(thread_error(io::ErrorKind::BrokenPipe.into())),
-    }
+    let run = move |identity| Worker { gate, server, identity }.run();
+    thread::spawn("virtio-fs".into(), Kind::Fs, confinement, Identity::of_this_thread, run)
 }
 
 impl Worker {

@@ -7,13 +7,15 @@
 //!
 //! Packets go straight between the guest's buffers and the kernel. The device looks at none: what is in a packet, and
 //! in the header that says where its checksum goes and how it is to be cut, is between the driver and the kernel, which
-//! checks it. The device filters nothing either; who may send what is the host's to decide, behind the TAP.
+//! checks it. The device filters nothing either; who may send what is the host's to decide, behind the TAP. How much may go
+//! each way in a second is bounded here, where a pod has such a limit.
 //!
 //! - [`NetSlot`], in `slot`, brings the TAP and the driver together, whichever comes first; `session` is both of them.
 //! - `link` is what the driver is told of it.
 //! - `worker` is the thread; `receive` and `transmit` are what it does with the two queues; `wire` and `tap` are the other
 //!   side.
 
+use mayu_vmm_api::RateLimit;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
@@ -24,6 +26,8 @@ use virtio_bindings::virtio_net::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueState;
 
+use self::wire::Limiters;
+use super::rate_limiter::RateLimiter;
 use super::{Activation, DeviceEvent, DeviceState, VirtioDevice, read_config_from};
 use crate::error::{Error, Result};
 
@@ -84,12 +88,14 @@ pub struct Net {
 }
 
 impl Net {
-    /// The device for network slot `number`, and the handle that gives it its TAP. Until then the link is down.
+    /// The device for network slot `number`, and the handle that gives it its TAP. Until then the link is down. So much as
+    /// `limit` says may go each way.
     ///
     /// # Errors
-    /// No eventfd can be made.
-    pub fn new(number: u8) -> Result<(Self, NetSlot)> {
-        let slot = NetSlot::new(number)?;
+    /// No eventfd or timer can be made.
+    pub fn new(number: u8, limit: &RateLimit) -> Result<(Self, NetSlot)> {
+        let limiters = Limiters { receive: RateLimiter::new(limit)?, transmit: RateLimiter::new(limit)? };
+        let slot = NetSlot::new(number, limiters)?;
         Ok((Self { address: mayu_vmm_api::net_slot_address(number), slot: slot.clone() }, slot))
     }
 }
@@ -123,9 +129,8 @@ impl VirtioDevice for Net {
     }
 
     fn process(&mut self, _event: DeviceEvent) -> Result<()> {
-        // The thread waits for kicks itself. What it registers is that there is something for the log.
-        self.slot.take_notice();
-        Ok(())
+        // The thread waits for kicks itself; this is about the thread.
+        self.slot.process()
     }
 
     fn reset(&mut self) {

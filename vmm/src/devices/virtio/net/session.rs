@@ -2,7 +2,7 @@
 
 use std::os::fd::AsRawFd as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_queue::QueueState;
@@ -13,11 +13,13 @@ use super::link::Link;
 use super::receive::Receiver;
 use super::tap::Tap;
 use super::transmit::Transmitter;
-use super::wire::Wire;
+use super::wire::{Limiters, Wire};
 use super::worker::{self, Orders, Source, Worker};
 use crate::devices::virtio::Activation;
 use crate::error::{Error, Result};
 use crate::event_loop::Registrar;
+use crate::seccomp::{Confinement, Kind};
+use crate::thread;
 
 /// The event loop's word for a notice.
 const NOTICE: u32 = 0;
@@ -30,6 +32,7 @@ pub(super) struct Session {
     notice: Arc<EventFd>,
     worker: Arc<Mutex<Worker>>,
     orders: Arc<Orders>,
+    confinement: Confinement,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -61,6 +64,7 @@ impl Session {
             notice,
             worker: Arc::new(Mutex::new(worker)),
             orders: Arc::new(Orders::new()?),
+            confinement: activation.confinement,
             thread: None,
         })
     }
@@ -73,16 +77,27 @@ impl Session {
         self.registrar.watch(&*self.notice, EventSet::IN, NOTICE)
     }
 
-    /// Starts the thread, named `name`, between the driver and `tap`, which is told what the driver can take.
+    /// Starts the thread, named `name`, between the driver and `tap`, which is told what the driver can take. The limits are
+    /// those of the sessions before.
     ///
     /// # Errors
     /// The interface is gone, or there is no thread to be had.
-    pub(super) fn start(&mut self, tap: &Tap, name: String) -> Result<()> {
+    pub(super) fn start(&mut self, tap: &Tap, limiters: Limiters, name: String) -> Result<()> {
         tap.set_offloads(self.features)?;
-        self.serve(tap.try_clone()?, name)
+        self.serve(tap.try_clone()?, limiters, name)
     }
 
-    fn serve(&mut self, tap: Tap, name: String) -> Result<()> {
+    /// Whether there is a thread.
+    pub(super) fn has_started(&self) -> bool {
+        self.thread.is_some()
+    }
+
+    /// Leaves a word for the log that is no fault of the driver's.
+    pub(super) fn note(&self, error: Error) {
+        self.worker().health.note(error);
+    }
+
+    fn serve(&mut self, tap: Tap, limiters: Limiters, name: String) -> Result<()> {
         let epoll = Epoll::new().map_err(Error::EventFd)?;
         let sources = [
             (Source::Wake, self.orders.wake().as_raw_fd(), EventSet::IN),
@@ -94,12 +109,12 @@ impl Session {
             let event = EpollEvent::new(interest | EventSet::EDGE_TRIGGERED, source as u64);
             epoll.ctl(ControlOperation::Add, fd, event).map_err(Error::EventFd)?;
         }
+        for limiter in [&limiters.receive, &limiters.transmit] {
+            limiter.watch(&epoll, Source::Refill as u64)?;
+        }
         let (worker, orders) = (Arc::clone(&self.worker), Arc::clone(&self.orders));
-        let thread = thread::Builder::new()
-            .name(name)
-            .spawn(move || worker::run(&worker, Wire::new(tap), &epoll, &orders))
-            .map_err(|source| Error::Thread { name: "net", source })?;
-        self.thread = Some(thread);
+        let run = move |()| worker::run(&worker, Wire::new(tap, limiters), &epoll, &orders);
+        self.thread = Some(thread::spawn(name, Kind::Net, &self.confinement, || Ok(()), run)?);
         Ok(())
     }
 

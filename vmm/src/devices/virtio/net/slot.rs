@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::link::Link;
 use super::session::Session;
 use super::tap::Tap;
+use super::wire::Limiters;
 use crate::devices::virtio::Activation;
 use crate::error::{Error, Result};
 
@@ -21,7 +22,8 @@ pub struct NetSlot {
 struct Shared {
     number: u8,
     link: Arc<Link>,
-    /// Written by the thread when there is something for the log.
+    limiters: Limiters,
+    /// Written when the driver has come, and by the thread when there is something for the log.
     notice: Arc<EventFd>,
     /// Always locked before the link.
     ends: Mutex<Ends>,
@@ -35,9 +37,10 @@ struct Ends {
 }
 
 impl NetSlot {
-    pub(super) fn new(number: u8) -> Result<Self> {
+    pub(super) fn new(number: u8, limiters: Limiters) -> Result<Self> {
         let notice = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(Error::EventFd)?);
-        Ok(Self { shared: Arc::new(Shared { number, link: Arc::default(), notice, ends: Mutex::default() }) })
+        let shared = Shared { number, link: Arc::default(), limiters, notice, ends: Mutex::default() };
+        Ok(Self { shared: Arc::new(shared) })
     }
 
     /// Connects the device to a TAP that was opened with `IFF_TAP`, `IFF_NO_PI` and `IFF_VNET_HDR`, and tells the driver
@@ -49,13 +52,22 @@ impl NetSlot {
         self.attach_tap(Tap::new(file)?)
     }
 
-    pub(super) fn attach_tap(&self, tap: Tap) -> Result<()> {
+    /// Connects the device to what keeps the boundaries of packets as a TAP does, for those who may not have one.
+    ///
+    /// # Errors
+    /// As for [`NetSlot::attach`].
+    #[cfg(any(test, feature = "testing"))]
+    pub fn attach_stand_in(&self, file: File) -> Result<()> {
+        self.attach_tap(Tap::stand_in(file))
+    }
+
+    fn attach_tap(&self, tap: Tap) -> Result<()> {
         let mut ends = self.ends();
         if ends.tap.is_some() {
             return Err(Error::NetSlotTaken { slot: self.shared.number });
         }
         if let Some(session) = &mut ends.driver {
-            session.start(&tap, self.name())?;
+            session.start(&tap, self.limiters(), self.name())?;
         }
         ends.tap = Some(tap);
         self.shared.link.set(true)
@@ -65,25 +77,40 @@ impl NetSlot {
         &self.shared.link
     }
 
-    /// The driver is ready. A TAP that has become useless meanwhile is nothing that the driver could be blamed for: it
-    /// finds the link down.
+    /// The driver is ready, and the event loop is asked to start its thread.
+    ///
+    /// # Errors
+    /// The queues are not those of a network device, or the kernel refuses.
     pub(super) fn activate(&self, activation: Activation) -> Result<()> {
         let mut ends = self.ends();
-        let (interrupt, health) = (activation.interrupt.clone(), activation.health.clone());
+        let interrupt = activation.interrupt.clone();
         let link = Arc::clone(&self.shared.link);
-        let Ends { tap, driver } = &mut *ends;
-        let session = driver.insert(Session::new(activation, link, Arc::clone(&self.shared.notice))?);
+        let session = ends.driver.insert(Session::new(activation, link, Arc::clone(&self.shared.notice))?);
         session.watch_notice()?;
-        if let Some(tap) = tap
-            && self.shared.link.state().up
-            && let Err(error) = session.start(tap, self.name())
-        {
-            health.note(error);
-            self.shared.link.set(false)?;
-            // An eventfd always takes a one.
-            let _ = self.shared.notice.write(1);
-        }
+        // A vCPU does this, and may start no thread.
+        self.shared.notice.write(1).map_err(Error::EventFd)?;
         self.shared.link.connect(interrupt)
+    }
+
+    /// The event loop was woken: the driver waits for its thread, or the thread has left a word in the device's health.
+    /// A TAP that has become useless meanwhile is nothing that the driver could be blamed for: it finds the link down.
+    ///
+    /// # Errors
+    /// The driver cannot be told.
+    pub(super) fn process(&self) -> Result<()> {
+        // Nonblocking; without a count there is nothing to clear.
+        let _ = self.shared.notice.read();
+        let mut ends = self.ends();
+        let Ends { tap, driver } = &mut *ends;
+        if let (Some(tap), Some(session)) = (tap, driver)
+            && !session.has_started()
+            && self.shared.link.state().up
+            && let Err(error) = session.start(tap, self.limiters(), self.name())
+        {
+            session.note(error);
+            self.shared.link.set(false)?;
+        }
+        Ok(())
     }
 
     /// There is no driver any more. Waits for the packet under way.
@@ -114,10 +141,8 @@ impl NetSlot {
         self.ends().driver.as_ref().map_or_else(Vec::new, Session::queue_states)
     }
 
-    /// The event loop was woken, and whoever woke it has left a word in the device's health.
-    pub(super) fn take_notice(&self) {
-        // Nonblocking; without a count there is nothing to clear.
-        let _ = self.shared.notice.read();
+    fn limiters(&self) -> Limiters {
+        self.shared.limiters.clone()
     }
 
     fn name(&self) -> String {

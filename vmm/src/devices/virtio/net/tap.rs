@@ -41,7 +41,7 @@ nix::ioctl_write_int_bad!(
 pub(super) struct Tap {
     file: File,
     /// Another descriptor that keeps the boundaries of packets.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "testing"))]
     stand_in: bool,
 }
 
@@ -61,7 +61,7 @@ impl Tap {
         fcntl(&file, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map_err(failed)?;
         Ok(Self {
             file,
-            #[cfg(test)]
+            #[cfg(any(test, feature = "testing"))]
             stand_in: false,
         })
     }
@@ -75,7 +75,7 @@ impl Tap {
             self.file.try_clone().map_err(|source| device_error("duplicate the TAP device", source))?;
         Ok(Self {
             file,
-            #[cfg(test)]
+            #[cfg(any(test, feature = "testing"))]
             stand_in: self.stand_in,
         })
     }
@@ -86,7 +86,7 @@ impl Tap {
     /// # Errors
     /// The interface is gone.
     pub(super) fn set_offloads(&self, features: u64) -> Result<()> {
-        #[cfg(test)]
+        #[cfg(any(test, feature = "testing"))]
         if self.stand_in {
             return Ok(());
         }
@@ -134,7 +134,7 @@ impl Tap {
     }
 
     /// What behaves like a TAP as far as packets go, for those who may not have one.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "testing"))]
     pub(super) fn stand_in(file: File) -> Self {
         Self { file, stand_in: true }
     }

@@ -62,7 +62,7 @@ impl Transmitter {
                 Some(packet) => {
                     let slices: Vec<_> =
                         packet.slices().map(FileVolatileSlice::from_volatile_slice).collect();
-                    wire.send(&slices)
+                    wire.send(&slices, packet.len())
                 }
                 None => Carried::Refused,
             };

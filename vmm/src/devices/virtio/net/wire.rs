@@ -1,19 +1,20 @@
-//! The TAP as the thread sees it: ready to be read, ready to be written, or cut.
+//! The TAP as the thread sees it: ready to be read, ready to be written, or cut; and how much may go through it.
 
 use std::io;
 
 use fuse_backend_rs::file_buf::FileVolatileSlice;
 use vmm_sys_util::epoll::EventSet;
 
-use super::HEADER_SIZE;
 use super::tap::{self, Tap};
+use super::{HEADER_SIZE, MAX_PACKET};
+use crate::devices::virtio::rate_limiter::RateLimiter;
 
 /// What became of an attempt to send or to receive a packet.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Carried {
     /// So many bytes, with the header.
     Packet(usize),
-    /// Nothing; the TAP says when it is worth another try.
+    /// Nothing; the TAP or a limit's timer says when it is worth another try.
     Later,
     /// The kernel refused the packet for what is in it.
     Refused,
@@ -21,9 +22,17 @@ pub(super) enum Carried {
     Lost,
 }
 
+/// How many packets, and bytes without their headers, may go each way.
+#[derive(Clone, Default)]
+pub(super) struct Limiters {
+    pub receive: RateLimiter,
+    pub transmit: RateLimiter,
+}
+
 /// The TAP, and what is known of it.
 pub(super) struct Wire {
     tap: Tap,
+    limiters: Limiters,
     readable: bool,
     writable: bool,
     /// The interface was deleted: nothing comes in any more, and what goes out is lost.
@@ -33,40 +42,60 @@ pub(super) struct Wire {
 }
 
 impl Wire {
-    pub(super) fn new(tap: Tap) -> Self {
-        Self { tap, readable: true, writable: true, cut: false, reason: None }
+    pub(super) fn new(tap: Tap, limiters: Limiters) -> Self {
+        Self { tap, limiters, readable: true, writable: true, cut: false, reason: None }
     }
 
     /// Whether a packet may be there.
     pub(super) fn readable(&self) -> bool {
-        self.readable && !self.cut
+        self.readable && !self.cut && !self.limiters.receive.is_waiting()
     }
 
     /// Whether a packet may be taken, or dropped.
     pub(super) fn writable(&self) -> bool {
-        self.writable || self.cut
+        self.cut || self.writable && !self.limiters.transmit.is_waiting()
     }
 
     /// Reads a packet into `buffers`, which have room for the longest.
     pub(super) fn receive(&mut self, buffers: &[FileVolatileSlice<'_>]) -> Carried {
-        let outcome = self.tap.read(buffers);
-        self.received(outcome)
+        self.receive_with(|tap| tap.read(buffers))
     }
 
     /// The same, into memory of this process.
     pub(super) fn receive_into(&mut self, buffer: &mut [u8]) -> Carried {
-        let outcome = self.tap.read_into(buffer);
-        self.received(outcome)
+        self.receive_with(|tap| tap.read_into(buffer))
     }
 
-    /// Sends what is in `buffers`.
-    pub(super) fn send(&mut self, buffers: &[FileVolatileSlice<'_>]) -> Carried {
+    /// How long a packet is shows only when it has been read. So there has to be enough for the longest.
+    fn receive_with(&mut self, read: impl FnOnce(&mut Tap) -> io::Result<usize>) -> Carried {
+        const LONGEST: usize = MAX_PACKET - HEADER_SIZE;
+        if !self.limiters.receive.admit(LONGEST) {
+            return Carried::Later;
+        }
+        let outcome = read(&mut self.tap);
+        let carried = self.received(outcome);
+        match carried {
+            Carried::Packet(length) => {
+                self.limiters.receive.correct(LONGEST, length.saturating_sub(HEADER_SIZE));
+            }
+            _ => self.limiters.receive.cancel(LONGEST),
+        }
+        carried
+    }
+
+    /// Sends what is in `buffers`, so many bytes with the header. A packet that is refused or lost counts as well.
+    pub(super) fn send(&mut self, buffers: &[FileVolatileSlice<'_>], length: usize) -> Carried {
         if self.cut {
             return Carried::Lost;
+        }
+        let length = length.saturating_sub(HEADER_SIZE);
+        if !self.limiters.transmit.admit(length) {
+            return Carried::Later;
         }
         match self.tap.write(buffers) {
             Ok(length) => Carried::Packet(length),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.limiters.transmit.cancel(length);
                 self.writable = false;
                 Carried::Later
             }

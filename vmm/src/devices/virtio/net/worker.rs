@@ -1,7 +1,7 @@
 //! The thread that carries packets.
 //!
-//! It waits for kicks, for the TAP, and for orders; then it takes turns: some packets in, some out, one interrupt for
-//! all of them, until neither side has more. A side that can go no further does not hold up the other one.
+//! It waits for kicks, for the TAP, for a limit's timer, and for orders; then it takes turns: some packets in, some out,
+//! one interrupt for all of them, until neither side has more. A side that can go no further does not hold up the other one.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,6 +32,8 @@ pub(super) enum Source {
     Tap,
     /// There are orders.
     Wake,
+    /// More may go through than a moment ago.
+    Refill,
 }
 
 /// What the device wants its thread to do.
@@ -104,7 +106,7 @@ pub(super) struct Worker {
 /// The thread: takes turns whenever there is something to do, until it is stopped or a queue is beyond use.
 pub(super) fn run(worker: &Mutex<Worker>, mut wire: Wire, epoll: &Epoll, orders: &Orders) {
     let lock = || worker.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut events = [EpollEvent::default(); 4];
+    let mut events = [EpollEvent::default(); 6];
     // The queues are not looked into before the driver's kick, or the order to go on after a restore.
     let mut begun = false;
     let mut more = false;
@@ -112,9 +114,11 @@ pub(super) fn run(worker: &Mutex<Worker>, mut wire: Wire, epoll: &Epoll, orders:
         // A signal wakes it up as well, and then there is nothing to be seen.
         let ready = epoll.wait(if more { 0 } else { -1 }, &mut events).unwrap_or(0);
         for event in &events[..ready] {
-            match event.data() == Source::Tap as u64 {
-                true => wire.stir(event.event_set()),
-                false => begun = true,
+            match event.data() {
+                tap if tap == Source::Tap as u64 => wire.stir(event.event_set()),
+                // The limiter knows by itself.
+                refill if refill == Source::Refill as u64 => {}
+                _ => begun = true,
             }
         }
         let mut worker = lock();
@@ -133,7 +137,7 @@ pub(super) fn run(worker: &Mutex<Worker>, mut wire: Wire, epoll: &Epoll, orders:
 
 impl Worker {
     /// Carries some packets, and says whether there are more to be carried at once.
-    fn turn(&mut self, wire: &mut Wire) -> Result<bool> {
+    pub(super) fn turn(&mut self, wire: &mut Wire) -> Result<bool> {
         let memory = self.memory.memory();
         let queue_error = |queue| move |source| Error::Queue { device: "net", queue, source };
         let received = self.receiver.receive(&memory, wire, &self.health).map_err(queue_error(RX))?;

@@ -28,7 +28,7 @@ impl Client {
 
 #[test]
 fn the_configuration_names_the_share() {
-    let mut client = Client::started(|share| Fs::new("share", share.path()));
+    let mut client = Client::started(|share| Fs::new("share", share.path(), &Confinement::none()));
 
     let mut expected = b"share".to_vec();
     expected.resize(36, 0);
@@ -42,7 +42,7 @@ fn the_configuration_names_the_share() {
 #[test]
 fn a_share_without_a_name_or_a_directory_is_refused() {
     let share = TempDir::new().unwrap();
-    let refused = |tag: &str, path: &Path| match Fs::new(tag, path) {
+    let refused = |tag: &str, path: &Path| match Fs::new(tag, path, &Confinement::none()) {
         Err(Error::Device { device: "fs", operation, .. }) => operation,
         _ => panic!("not refused"),
     };
@@ -50,12 +50,12 @@ fn a_share_without_a_name_or_a_directory_is_refused() {
     assert_eq!(refused("", share.path()), "name the share");
     assert_eq!(refused(&"x".repeat(37), share.path()), "name the share");
     assert_eq!(refused("share", &share.path().join("none")), "open the shared directory");
-    assert!(Fs::new(&"x".repeat(36), share.path()).is_ok());
+    assert!(Fs::new(&"x".repeat(36), share.path(), &Confinement::none()).is_ok());
 }
 
 #[test]
 fn both_sides_agree_on_what_fits_a_share_that_others_change() {
-    let mut client = Client::started(|share| Fs::new("share", share.path()));
+    let mut client = Client::started(|share| Fs::new("share", share.path(), &Confinement::none()));
 
     let agreed = client.init().unwrap();
 
@@ -78,7 +78,7 @@ fn both_sides_agree_on_what_fits_a_share_that_others_change() {
 
 #[test]
 fn a_driver_of_the_wrong_age_is_refused() {
-    let mut client = Client::started(|share| Fs::new("share", share.path()));
+    let mut client = Client::started(|share| Fs::new("share", share.path(), &Confinement::none()));
 
     let old = InitIn { major: 6, ..Default::default() };
     assert_eq!(client.call(Opcode::Init, 0, &[old.as_slice()]), Err(EPROTO));
@@ -211,7 +211,7 @@ fn a_guest_that_held_nothing_goes_on_with_another_device() {
     let before = client.state();
     let saved = serde_json::from_str(&serde_json::to_string(&saved).unwrap()).unwrap();
 
-    let device = Fs::new("share", client.share.path()).unwrap();
+    let device = Fs::new("share", client.share.path(), &Confinement::none()).unwrap();
     client.driver = client.driver.move_to(Box::new(device));
     client.driver.transport.restore(&saved).unwrap();
     client.driver.transport.resume();
@@ -225,7 +225,7 @@ fn a_guest_that_held_nothing_goes_on_with_another_device() {
 #[test]
 fn a_guest_that_held_files_cannot_be_moved() {
     let share = TempDir::new().unwrap();
-    let mut device = Fs::new("share", share.path()).unwrap();
+    let mut device = Fs::new("share", share.path(), &Confinement::none()).unwrap();
 
     for (state, expected) in [
         (DeviceState::Fs(FsState { options: 1, held: 1 }), "the guest held files of the share"),

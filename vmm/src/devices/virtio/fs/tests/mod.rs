@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use vm_memory::ByteValued;
 
 use super::table::Budget;
-use super::{Fs, Result};
+use super::{Confinement, Fs, Result};
 use crate::devices::virtio::testing::{Descriptor, Driver};
 
 mod files;
@@ -74,15 +74,16 @@ fn linux_options() -> FsOptions {
 impl Client {
     /// A guest that has mounted an empty share.
     fn mounted() -> Self {
-        let mut client = Self::started(|share| Fs::new("share", share.path()));
+        let mut client = Self::started(|share| Fs::new("share", share.path(), &Confinement::none()));
         client.init().unwrap();
         client
     }
 
     /// A guest that may hold so many files.
     fn mounted_with_budget(descriptors: usize) -> Self {
-        let mut client =
-            Self::started(|share| Fs::with_budget("share", share.path(), Budget::new(descriptors)));
+        let mut client = Self::started(|share| {
+            Fs::with_budget("share", share.path(), &Confinement::none(), Budget::new(descriptors))
+        });
         client.init().unwrap();
         client
     }

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::fs;
+use std::num::NonZeroU64;
 use std::os::fd::{AsRawFd as _, FromRawFd as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -127,11 +128,16 @@ fn packet_socket() -> File {
 
 /// A device on a TAP whose interface is up. The host's end is a packet socket there.
 fn port(test: &str, features: u64) -> Option<Port> {
+    limited_port(test, features, &RateLimit::default())
+}
+
+/// The same, and so much may go each way.
+fn limited_port(test: &str, features: u64, limit: &RateLimit) -> Option<Port> {
     if !new_namespace(test) {
         return None;
     }
     let tap = open_tap(TAP_FLAGS);
-    let mut port = Port::unplugged();
+    let mut port = Port::without_cable(limit);
     port.start(features);
     port.slot.attach(tap).unwrap();
     set_up(true);
@@ -450,6 +456,32 @@ fn the_thread_sleeps_when_there_is_nothing_to_carry_and_after_the_interface_is_g
     port.driver.run_until(|driver| driver.take_interrupt() & CHANGED != 0 && driver.config(6, 2) == [0, 0]);
     port.send_with(&[], &ethernet(0, 100));
     assert_sleeps();
+}
+
+#[test]
+fn a_kick_while_it_waits_for_its_limit_wakes_the_thread_no_more_than_once() {
+    let test = "a_kick_while_it_waits_for_its_limit_wakes_the_thread_no_more_than_once";
+    // One of these packets, and then one byte a second.
+    let limit = RateLimit { bandwidth: NonZeroU64::new(1), operations: None, burst_ms: 1_500_000 };
+    let Some(mut port) = limited_port(test, MERGEABLE, &limit) else { return };
+    port.send_with(&[], &ethernet(0, 1000));
+    port.add(&ethernet(1, 1000));
+    port.driver.kick(TX);
+    assert_sleeps();
+    let before = times_slept();
+    for _ in 0..1000 {
+        port.driver.kick(TX);
+        port.driver.run();
+    }
+    assert_sleeps();
+    assert!(times_slept() - before <= 1000);
+    assert_eq!(port.driver.queues[1].pending(), 0);
+}
+
+fn times_slept() -> u64 {
+    let status = fs::read_to_string(device_thread().join("status")).unwrap();
+    let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    count.unwrap().trim().parse().unwrap()
 }
 
 /// Waits until the device's thread is asleep and has not been on a processor between two looks.

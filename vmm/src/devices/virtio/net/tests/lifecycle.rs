@@ -8,7 +8,7 @@ fn it_says_its_address_and_what_it_can_do() {
     let mut port = Port::unplugged();
     assert_eq!(port.driver.config(0, 10), [2, b'm', b'a', b'y', b'u', 3, 0, 0, 0, 0]);
     assert_eq!(port.driver.config(4, 4), [b'u', 3, 0, 0]);
-    let (net, _) = Net::new(0).unwrap();
+    let (net, _) = Net::new(0, &RateLimit::default()).unwrap();
     assert_eq!((net.device_type(), net.queue_sizes()), (1, &[256, 256][..]));
     let offered = net.features();
     for feature in [0, 1, 5, 7, 8, 9, 11, 12, 13, 15, 16, 28, 29] {
@@ -58,7 +58,7 @@ fn the_cable_may_come_before_the_driver() {
 fn one_slot_takes_one_cable() {
     let mut port = Port::new(MERGEABLE);
     let (_ours, theirs) = cable();
-    let refusal = port.slot.attach_tap(Tap::stand_in(theirs)).unwrap_err().to_string();
+    let refusal = port.slot.attach_stand_in(theirs).unwrap_err().to_string();
     assert_eq!(refusal, "network slot 3 has a TAP device already");
     port.assert_works();
 }
@@ -107,7 +107,7 @@ fn a_paused_device_does_nothing_and_goes_on_with_what_came_meanwhile() {
 fn moved(mut port: Port) -> Port {
     port.driver.transport.pause();
     let state = serde_json::to_string(&port.driver.transport.save()).unwrap();
-    let (net, slot) = Net::new(3).unwrap();
+    let (net, slot) = Net::new(3, &RateLimit::default()).unwrap();
     let mut driver = port.driver.move_to(Box::new(net));
     driver.transport.restore(&serde_json::from_str(&state).unwrap()).unwrap();
     Port { driver, slot, ..port }
@@ -171,9 +171,9 @@ fn a_restored_device_does_not_look_into_its_queues_before_it_goes_on() {
     port.driver.transport.pause();
     let state = port.driver.transport.save();
     port.post(1, 1526);
-    let (net, slot) = Net::new(3).unwrap();
+    let (net, slot) = Net::new(3, &RateLimit::default()).unwrap();
     let (ours, theirs) = cable();
-    slot.attach_tap(Tap::stand_in(theirs)).unwrap();
+    slot.attach_stand_in(theirs).unwrap();
     let mut port = Port { driver: port.driver.move_to(Box::new(net)), slot, host: ours, ..port };
     let received = frame(2, 100);
     port.deliver(&received);
@@ -217,7 +217,7 @@ fn a_cable_that_is_cut_takes_the_link_down_and_what_is_sent_is_lost() {
 
 #[test]
 fn another_device_s_state_is_refused() {
-    let (mut net, _) = Net::new(0).unwrap();
+    let (mut net, _) = Net::new(0, &RateLimit::default()).unwrap();
     assert!(net.restore(&DeviceState::Rng).is_err());
 }
 
@@ -236,10 +236,11 @@ fn the_thread_ends_with_the_device() {
 fn a_broken_queue_ends_the_thread_and_is_told_to_the_log() {
     let mut port = Port::new(MERGEABLE);
     port.driver.run();
+    let before = port.driver.events;
     port.driver.queues[1].set_avail_index(1000);
     port.kick(TX);
     // It is the event loop that has to be woken for the log, and not only the driver.
-    port.driver.run_until(|driver| driver.events > 0);
+    port.driver.run_until(|driver| driver.events > before);
     assert!(port.driver.transport.health().take_failure().is_some());
     assert_eq!(port.driver.status(), RUNNING | NEEDS_RESET);
 }

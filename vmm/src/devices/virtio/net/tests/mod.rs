@@ -12,7 +12,6 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_STATUS,
 };
 
-use super::tap::Tap;
 use super::*;
 use crate::devices::virtio::testing::{Descriptor, Driver, NEXT, RUNNING, Used, link};
 
@@ -20,6 +19,7 @@ mod data;
 mod host;
 mod hostile;
 mod lifecycle;
+mod limits;
 
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
@@ -59,7 +59,12 @@ fn len(bytes: &[u8]) -> u32 {
 impl Port {
     /// A device whose driver has accepted these features, with a cable.
     fn new(features: u64) -> Self {
-        let mut port = Self::unplugged();
+        Self::limited(features, &RateLimit::default())
+    }
+
+    /// The same, and so much may go each way.
+    fn limited(features: u64, limit: &RateLimit) -> Self {
+        let mut port = Self::without_cable(limit);
         port.start(features);
         port.plug_in();
         port
@@ -67,7 +72,11 @@ impl Port {
 
     /// A device without driver and without cable.
     fn unplugged() -> Self {
-        let (net, slot) = Net::new(3).unwrap();
+        Self::without_cable(&RateLimit::default())
+    }
+
+    fn without_cable(limit: &RateLimit) -> Self {
+        let (net, slot) = Net::new(3, limit).unwrap();
         let host = tempfile::tempfile().unwrap();
         Self { driver: Driver::new(Box::new(net)), slot, host, posted: vec![], features: 0 }
     }
@@ -75,12 +84,13 @@ impl Port {
     fn plug_in(&mut self) {
         let (ours, theirs) = cable();
         self.host = ours;
-        self.slot.attach_tap(Tap::stand_in(theirs)).unwrap();
+        self.slot.attach_stand_in(theirs).unwrap();
     }
 
-    /// The driver starts, from reset to DRIVER_OK.
+    /// The driver starts, from reset to DRIVER_OK, and with it the device's thread, if there is a cable.
     fn start(&mut self, features: u64) {
         self.driver.start(features);
+        self.driver.run();
         self.features = features;
     }
 

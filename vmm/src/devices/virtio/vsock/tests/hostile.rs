@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::devices::virtio::testing::{HIGH_MEMORY, LOW_MEMORY, NEXT};
-use crate::devices::virtio::vsock::muxer::MAX_CONNECTIONS;
+use crate::devices::virtio::vsock::muxer::{MAX_ACCEPTED, MAX_CONNECTIONS};
 
 /// What the device answers to `header`.
 fn answer(guest: &mut Guest, header: Header) -> Vec<Packet> {
@@ -150,6 +150,25 @@ fn forged_credit_makes_no_credit() {
         let sent: usize = packets.iter().map(|packet| packet.payload.len()).sum();
         assert_eq!(sent, if fwd_cnt <= 4 { fwd_cnt as usize } else { 0 });
     }
+}
+
+#[test]
+fn a_hundred_thousand_connects_are_as_many_as_there_may_be() {
+    let mut guest = Guest::new();
+    let mut streams = Vec::new();
+    for guest_port in 0..100_000 {
+        guest.send(header(Op::Request, guest_port, ALLOWED), &[]);
+        let granted = streams.len() < MAX_ACCEPTED;
+        assert!(guest.receive_one().is(if granted { Op::Response } else { Op::Reset }));
+        streams.extend(guest.accepted.try_recv());
+    }
+    assert_eq!(streams.len(), MAX_ACCEPTED);
+    let _by_the_host = guest.host_connects(1024);
+
+    // Nothing remembers those that were refused.
+    drop(streams);
+    assert_eq!(guest.receive().len(), MAX_ACCEPTED);
+    guest.guest_connects();
 }
 
 #[test]

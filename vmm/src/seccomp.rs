@@ -1,0 +1,482 @@
+//! Which system calls each kind of thread may make, and why. Any other ends the process.
+//!
+//! A thread enters its filter before it has to do with anything that the guest controls. Filters are inherited: the event
+//! loop starts the threads of block and network devices while the guest runs, so that those pass its filter first, and
+//! then one of their own, which allows less.
+//!
+//! The tables below are all that there is to it. [`Kind::table`] gives them to the test that runs pods and looks whether a
+//! line is still needed.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use libc::*;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch, apply_filter,
+};
+
+use crate::error::{Error, Result};
+
+/// What a thread does, which decides what it may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The process's first thread: the event loop, with the devices that have no thread of their own.
+    EventLoop,
+    /// Runs the guest's code on one vCPU.
+    Vcpu,
+    /// Serves files.
+    Fs,
+    /// Serves a block device.
+    Block,
+    /// Carries packets.
+    Net,
+}
+
+/// One system call that a kind of thread may make.
+#[derive(Clone, Copy)]
+pub struct Allowed {
+    /// Its number.
+    pub number: i64,
+    /// Its name, with `SYS_` before it.
+    pub name: &'static str,
+    /// What its arguments have to be like, all of them.
+    pub arguments: &'static [Argument],
+    /// What for.
+    pub reason: &'static str,
+}
+
+/// What an argument has to be like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Argument {
+    /// Its number, from 0.
+    pub index: u8,
+    /// Which of its bits count.
+    pub mask: u64,
+    /// What they have to be.
+    pub value: u64,
+}
+
+impl Argument {
+    /// Whether these arguments of a system call are such.
+    pub fn fits(&self, arguments: &[u64; 6]) -> bool {
+        arguments.get(usize::from(self.index)).is_some_and(|argument| argument & self.mask == self.value)
+    }
+}
+
+/// An argument of 32 bits that is this.
+const fn equal(index: u8, value: u64) -> Argument {
+    Argument { index, mask: 0xffff_ffff, value }
+}
+
+/// An argument that has none of these bits.
+const fn without(index: u8, bits: u64) -> Argument {
+    Argument { index, mask: bits, value: 0 }
+}
+
+macro_rules! allow {
+    ($name:ident, $reason:literal $(, $argument:expr)*) => {
+        Allowed { number: $name, name: stringify!($name), arguments: &[$($argument),*], reason: $reason }
+    };
+}
+
+/// What any thread may do: allocate memory, wait, wake others, end the process. Not every kind does all of it.
+const EVERY: &[Allowed] = &[
+    allow!(SYS_futex, "locks, channels, and waiting for a thread's end"),
+    allow!(SYS_read, "eventfds, streams, packets"),
+    allow!(SYS_write, "eventfds, streams, and lines for the log and the console"),
+    allow!(SYS_close, "what is done with"),
+    allow!(SYS_brk, "the allocator's heap"),
+    allow!(SYS_mmap, "the allocator's larger pieces, stacks", without(2, PROT_EXEC as u64)),
+    allow!(SYS_mprotect, "the allocator's heaps, guard pages", without(2, PROT_EXEC as u64)),
+    allow!(SYS_munmap, "the allocator's larger pieces, stacks"),
+    allow!(SYS_madvise, "what the allocator gives back of a heap, stacks", equal(2, MADV_DONTNEED as u64)),
+    allow!(SYS_epoll_wait, "what happens next"),
+    allow!(SYS_epoll_create1, "what a device waits for, from its activation on"),
+    allow!(SYS_epoll_ctl, "what a device waits for, from its activation to its reset"),
+    allow!(SYS_getrandom, "the guest's entropy, and seeds of hash tables"),
+    allow!(
+        SYS_rt_sigprocmask,
+        "no signal while a thread starts or ends; with glibc 2.41, while it gets random numbers"
+    ),
+    allow!(SYS_exit_group, "the end of the process"),
+    #[cfg(debug_assertions)]
+    allow!(SYS_fcntl, "Rust's check of what is closed, in debug builds", equal(1, F_GETFD as u64)),
+];
+
+/// What any thread may come to do by the host's doing or by chance, so that no test can have it done.
+const SELDOM: &[Allowed] = &[
+    allow!(
+        SYS_clock_gettime,
+        "the time, where the host's clock is one that the vDSO cannot read: hpet, acpi_pm"
+    ),
+    allow!(SYS_sched_yield, "a channel whose other end is writing at this moment"),
+    allow!(SYS_restart_syscall, "a wait with an end, after the process was stopped or frozen in it"),
+];
+
+/// What any thread is told that there is none of (ENOSYS), instead of ending the process. The strictest of all filters decides, so
+/// that the others have to let it pass.
+const REFUSED: &[Allowed] = &[
+    allow!(SYS_clone3, "glibc asks for it first, and then for clone, whose arguments can be looked at"),
+    allow!(SYS_mremap, "glibc asks for it where a large buffer grows, and then copies"),
+];
+
+/// What a thread does at its end.
+const ENDING: &[Allowed] = &[
+    allow!(SYS_sigaltstack, "the stack on which an overflow of the other one is told"),
+    allow!(SYS_exit, "its end"),
+];
+
+/// What a thread does whose device goes on later when it has done enough for now.
+const LIMITED: &[Allowed] = &[allow!(
+    SYS_timerfd_settime,
+    "a limit on the guest's entropy, on what it reads and writes, on its packets"
+)];
+
+/// What the event loop does, beside what the threads do that it starts.
+const EVENT_LOOP: &[Allowed] = &[
+    allow!(SYS_recvmsg, "the shim's requests, with descriptors"),
+    allow!(SYS_sendmsg, "answers and events for the shim"),
+    allow!(SYS_sendto, "bytes of a stream that have waited for its reader", equal(3, MSG_NOSIGNAL as u64)),
+    allow!(SYS_poll, "whether a stream was closed; the shim's last look"),
+    allow!(SYS_socketpair, "a stream for a connection from the guest", equal(0, AF_UNIX as u64)),
+    allow!(SYS_shutdown, "one direction of a stream"),
+    allow!(SYS_ioctl, "a stream that does not block", equal(1, FIONBIO)),
+    allow!(SYS_ioctl, "whether a descriptor is a TAP", equal(1, TUNGETIFF)),
+    allow!(SYS_ioctl, "the header before a TAP's packets", equal(1, TUNSETVNETHDRSZ)),
+    allow!(SYS_ioctl, "what packets the guest can take", equal(1, TUNSETOFFLOAD)),
+    allow!(SYS_fcntl, "a TAP that does not block", equal(1, F_GETFL as u64)),
+    allow!(SYS_fcntl, "a TAP that does not block", equal(1, F_SETFL as u64)),
+    allow!(SYS_fcntl, "a descriptor for a device's thread", equal(1, F_DUPFD_CLOEXEC as u64)),
+    allow!(SYS_lseek, "the size of a disk"),
+    allow!(SYS_sysinfo, "whether the host has the memory that the guest is to get"),
+    allow!(SYS_clone, "a thread of a block or network device, and no process", equal(0, THREAD)),
+    allow!(SYS_set_robust_list, "the start of a thread"),
+    allow!(SYS_rseq, "the start of a thread"),
+    allow!(SYS_sched_getaffinity, "the start of a thread: where its stack ends"),
+    allow!(SYS_gettid, "the start of a thread"),
+    allow!(SYS_getpid, "a vCPU that is to stop"),
+    allow!(SYS_tgkill, "a vCPU that is to stop"),
+    allow!(SYS_prctl, "a thread's name", equal(0, PR_SET_NAME as u64)),
+    allow!(SYS_prctl, "a thread's filter", equal(0, PR_SET_NO_NEW_PRIVS as u64), equal(1, 1)),
+    allow!(SYS_seccomp, "a thread's filter", equal(0, SECCOMP_SET_MODE_FILTER as u64)),
+];
+
+/// What glibc's `pthread_create` asks `clone` for (its `sysdeps/unix/sysv/linux/createthread.c`).
+const THREAD: u64 = (CLONE_VM
+    | CLONE_FS
+    | CLONE_FILES
+    | CLONE_SYSVSEM
+    | CLONE_SIGHAND
+    | CLONE_THREAD
+    | CLONE_SETTLS
+    | CLONE_PARENT_SETTID
+    | CLONE_CHILD_CLEARTID) as u64;
+
+/// `_IO(KVMIO, 0x80)` of Linux's `include/uapi/linux/kvm.h`.
+const KVM_RUN: u64 = 0xae80;
+
+/// `_IO(KVMIO, 0xad)`.
+const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
+
+/// What a vCPU's thread does: it runs the guest, and what the guest does to a device's registers happens there.
+const VCPU: &[Allowed] = &[
+    allow!(SYS_ioctl, "the guest's code", equal(1, KVM_RUN)),
+    allow!(SYS_ioctl, "a clock that has stood still for a while", equal(1, KVM_KVMCLOCK_CTRL)),
+    allow!(SYS_eventfd2, "a network device that the driver activates"),
+    allow!(SYS_timerfd_create, "the entropy device that the driver activates"),
+    allow!(
+        SYS_fcntl,
+        "a descriptor for a device that the driver activates",
+        equal(1, F_DUPFD_CLOEXEC as u64)
+    ),
+    allow!(SYS_ioctl, "a network device that the driver resets", equal(1, TUNSETOFFLOAD)),
+    allow!(SYS_rt_sigreturn, "the signal that ends KVM_RUN"),
+];
+
+/// What the threads of virtio-fs do for the guest, on files of the share.
+const FS: &[Allowed] = &[
+    allow!(SYS_openat, "lookup, open, create, opendir"),
+    allow!(SYS_statx, "getattr, and whatever is answered with attributes"),
+    allow!(SYS_readlinkat, "readlink"),
+    allow!(SYS_symlinkat, "symlink"),
+    allow!(SYS_mknodat, "mknod"),
+    allow!(SYS_mkdirat, "mkdir"),
+    allow!(SYS_unlinkat, "unlink, rmdir"),
+    allow!(SYS_renameat2, "rename"),
+    allow!(SYS_linkat, "link"),
+    allow!(SYS_fchmodat, "setattr: the mode"),
+    allow!(SYS_fchownat, "setattr: the owner"),
+    allow!(SYS_utimensat, "setattr: times"),
+    allow!(SYS_ftruncate, "setattr: the size"),
+    allow!(SYS_preadv2, "read"),
+    allow!(SYS_pwritev2, "write"),
+    allow!(SYS_fstatfs, "statfs"),
+    allow!(SYS_fsync, "fsync"),
+    allow!(SYS_fdatasync, "fsync"),
+    allow!(SYS_fallocate, "fallocate"),
+    allow!(SYS_lseek, "lseek, and where readdir goes on"),
+    allow!(SYS_getdents64, "readdir"),
+    allow!(SYS_fcntl, "flush: the end of a duplicate", equal(1, F_DUPFD_CLOEXEC as u64)),
+    allow!(SYS_getxattr, "getxattr"),
+    allow!(SYS_setxattr, "setxattr"),
+    allow!(SYS_listxattr, "listxattr"),
+    allow!(SYS_removexattr, "removexattr"),
+    allow!(SYS_setfsuid, "the user for whom the guest asks"),
+    allow!(SYS_setfsgid, "the group for which the guest asks"),
+    allow!(SYS_umask, "the umask with which the guest creates"),
+    allow!(SYS_capget, "set-user-id is lost when others write"),
+    allow!(SYS_capset, "set-user-id is lost when others write"),
+];
+
+/// What the thread of a block device does.
+const BLOCK: &[Allowed] =
+    &[allow!(SYS_preadv, "read"), allow!(SYS_pwritev, "write"), allow!(SYS_fdatasync, "flush")];
+
+/// What the thread of a network device does.
+const NET: &[Allowed] =
+    &[allow!(SYS_readv, "packets to the guest"), allow!(SYS_writev, "packets from the guest")];
+
+impl Kind {
+    /// All kinds.
+    pub const ALL: [Self; 5] = [Self::EventLoop, Self::Vcpu, Self::Fs, Self::Block, Self::Net];
+
+    /// The system calls of such a thread, in parts. The event loop's have those of the threads that inherit its filter.
+    pub fn table(self) -> &'static [&'static [Allowed]] {
+        match self {
+            Self::EventLoop => &[EVERY, SELDOM, REFUSED, EVENT_LOOP, ENDING, LIMITED, BLOCK, NET],
+            Self::Vcpu => &[EVERY, SELDOM, REFUSED, VCPU],
+            Self::Fs => &[EVERY, SELDOM, REFUSED, ENDING, FS],
+            Self::Block => &[EVERY, SELDOM, REFUSED, ENDING, LIMITED, BLOCK],
+            Self::Net => &[EVERY, SELDOM, REFUSED, ENDING, LIMITED, NET],
+        }
+    }
+
+    /// Whether such a call is not made, for the caller is told that there is none.
+    pub fn refuses(line: &Allowed) -> bool {
+        REFUSED.iter().any(|refused| refused.number == line.number)
+    }
+
+    /// Whether such a call may be made, and no test has it made.
+    pub fn is_seldom(line: &Allowed) -> bool {
+        SELDOM.iter().any(|seldom| seldom.number == line.number)
+    }
+
+    /// Whether this line is one of its table.
+    pub fn allows(self, line: &Allowed) -> bool {
+        let same = |other: &Allowed| (other.number, other.arguments) == (line.number, line.arguments);
+        self.table().iter().copied().flatten().any(same)
+    }
+
+    fn compile(self) -> Result<BpfProgram> {
+        compile(self.table().iter().copied().flatten(), SeccompAction::KillProcess, SeccompAction::Allow)
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::EventLoop => "event loop",
+            Self::Vcpu => "vCPU",
+            Self::Fs => "virtio-fs",
+            Self::Block => "virtio-block",
+            Self::Net => "virtio-net",
+        })
+    }
+}
+
+/// The filters of all kinds of threads, ready to be entered.
+struct Filters {
+    programs: [(Kind, BpfProgram); 5],
+    /// Says of [`REFUSED`] that there is no such call.
+    refusal: BpfProgram,
+}
+
+/// Whether threads enter filters. Those of a process that has other things to do as well do not.
+#[derive(Clone)]
+pub struct Confinement(Option<Arc<Filters>>);
+
+impl Confinement {
+    /// Every thread enters its filter.
+    ///
+    /// # Errors
+    /// A table is none that a filter can be made from.
+    pub fn seccomp() -> Result<Self> {
+        let [event_loop, vcpu, fs, block, net] = Kind::ALL;
+        let program = |kind: Kind| Ok((kind, kind.compile()?));
+        let programs = [program(event_loop)?, program(vcpu)?, program(fs)?, program(block)?, program(net)?];
+        let refusal = compile(REFUSED.iter(), SeccompAction::Allow, SeccompAction::Errno(ENOSYS as u32))?;
+        Ok(Self(Some(Arc::new(Filters { programs, refusal }))))
+    }
+
+    /// No thread does.
+    pub fn none() -> Self {
+        Self(None)
+    }
+
+    /// Confines the calling thread, and those that it starts, for good.
+    ///
+    /// # Errors
+    /// The kernel has no seccomp filters.
+    pub fn enter(&self, kind: Kind) -> Result<()> {
+        let Some(filters) = &self.0 else { return Ok(()) };
+        let failed = |source: seccompiler::Error| Error::Seccomp { kind, source };
+        // The others have it from the event loop, which starts them.
+        if matches!(kind, Kind::EventLoop | Kind::Vcpu | Kind::Fs) {
+            apply_filter(&filters.refusal).map_err(failed)?;
+        }
+        match filters.programs.iter().find(|(of, _)| *of == kind) {
+            Some((_, program)) => apply_filter(program).map_err(failed),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Debug for Confinement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Confinement").field(&self.0.is_some()).finish()
+    }
+}
+
+fn compile<'a>(
+    table: impl Iterator<Item = &'a Allowed>,
+    otherwise: SeccompAction,
+    listed: SeccompAction,
+) -> Result<BpfProgram> {
+    let failed = Error::SeccompTable;
+    let mut rules = BTreeMap::<i64, Vec<SeccompRule>>::new();
+    for allowed in table {
+        let conditions = allowed.arguments.iter().map(condition).collect::<std::result::Result<Vec<_>, _>>();
+        let conditions = conditions.map_err(failed)?;
+        let of_this = rules.entry(allowed.number).or_default();
+        if !conditions.is_empty() {
+            of_this.push(SeccompRule::new(conditions).map_err(failed)?);
+        }
+    }
+    SeccompFilter::new(rules, otherwise, listed, TargetArch::x86_64)
+        .and_then(BpfProgram::try_from)
+        .map_err(failed)
+}
+
+fn condition(argument: &Argument) -> std::result::Result<SeccompCondition, seccompiler::BackendError> {
+    let Argument { index, mask, value } = *argument;
+    SeccompCondition::new(index, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(mask), value)
+}
+
+#[cfg(test)]
+#[allow(unsafe_code)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::io;
+    use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+    use std::process::Command;
+
+    use super::*;
+
+    fn lines(kind: Kind) -> impl Iterator<Item = &'static Allowed> {
+        kind.table().iter().copied().flatten()
+    }
+
+    #[test]
+    fn every_table_makes_a_filter() {
+        assert!(Confinement::seccomp().is_ok());
+    }
+
+    /// A filter would allow a call with any arguments that is also there with some.
+    #[test]
+    fn a_call_is_there_once_or_with_different_arguments() {
+        for kind in Kind::ALL {
+            for (index, line) in lines(kind).enumerate() {
+                let others = lines(kind).skip(index + 1).filter(|other| other.number == line.number);
+                for other in others {
+                    assert_ne!(line.arguments, other.arguments, "{kind}: {}", line.name);
+                    assert!(
+                        !line.arguments.is_empty() && !other.arguments.is_empty(),
+                        "{kind}: {}",
+                        line.name
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_thread_does_its_parent_may_do() {
+        for child in [Kind::Block, Kind::Net] {
+            for line in lines(child) {
+                assert!(Kind::EventLoop.allows(line), "{child}: {}", line.name);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_listed_ends_the_process() {
+        let confinement = Confinement::seccomp().unwrap();
+        for kind in Kind::ALL {
+            let confinement = confinement.clone();
+            let mut command = Command::new("/bin/true");
+            // SAFETY: what runs between fork and exec makes two system calls and allocates nothing.
+            unsafe {
+                command.pre_exec(move || confinement.enter(kind).map_err(|_| io::ErrorKind::Other.into()))
+            };
+            // The child becomes no other program: execve is what is not listed.
+            let status = command.status().unwrap();
+            assert_eq!(status.signal(), Some(SIGSYS), "{kind}: {status}");
+        }
+    }
+
+    #[test]
+    fn the_specification_says_how_many_there_are() {
+        let page = include_str!("../../docs/specification.md");
+        for kind in Kind::ALL {
+            let released =
+                lines(kind).filter(|line| !Kind::refuses(line) && !line.reason.contains("debug builds"));
+            let calls: BTreeSet<_> = released.map(|line| line.number).collect();
+            let row = format!("| {kind} | {} |", calls.len());
+            assert!(page.contains(&row), "docs/specification.md has no row {row:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_refused_is_an_error_and_no_end() {
+        let confinement = Confinement::seccomp().unwrap();
+        let mut command = Command::new("/bin/true");
+        // SAFETY: what runs between fork and the child's end makes system calls and allocates nothing; the one that is refused
+        // does nothing.
+        unsafe {
+            command.pre_exec(move || {
+                confinement.enter(Kind::Vcpu).map_err(|_| io::ErrorKind::Other)?;
+                let answer = syscall(SYS_mremap, 0, 0, 0, 0, 0);
+                _exit(i32::from(answer != -1 || io::Error::last_os_error().raw_os_error() != Some(ENOSYS)))
+            })
+        };
+        assert!(command.status().unwrap().success());
+    }
+
+    #[test]
+    fn no_thread_opens_a_way_out() {
+        let never = [
+            SYS_execve,
+            SYS_execveat,
+            SYS_fork,
+            SYS_vfork,
+            SYS_ptrace,
+            SYS_socket,
+            SYS_connect,
+            SYS_mount,
+            SYS_setns,
+            SYS_unshare,
+            SYS_bpf,
+            SYS_keyctl,
+            SYS_io_uring_setup,
+            SYS_userfaultfd,
+            SYS_perf_event_open,
+            SYS_kill,
+        ];
+        for kind in Kind::ALL {
+            let allowed = lines(kind).find(|line| never.contains(&line.number)).map(|line| line.name);
+            assert_eq!(allowed, None, "{kind}");
+        }
+    }
+}
