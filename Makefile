@@ -4,7 +4,9 @@
 #   make test      every check and every test, the end-to-end ones on a real containerd and a real KVM
 #   make check     formatting, lints, dependencies
 #   make unit      the tests that need no virtual machine
+#   make fuzz      made-up input to all that hears from outside (TARGET=<name> is one of tests/fuzz, FUZZ_SECONDS=60 for each)
 #   make e2e       the end-to-end tests in the lab (E2E=<part of a name> runs only those)
+#   make soak      a thousand pods, ten thousand execs in one, and five minutes under attack: hours in the lab
 #   make bench     measure times and memory, in counted instructions
 #   make guest     the guest kernel and the guest image
 #   make lab       a shell in the lab (Ctrl-A X leaves)
@@ -16,7 +18,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test check unit e2e bench guest lab install uninstall node-image clean deps build payload lint fmt
+.PHONY: demo test check unit fuzz fuzz-short e2e soak bench guest lab install uninstall node-image clean deps build payload \
+    lint fmt
 
 PROFILE ?= release
 PREFIX ?= /usr
@@ -25,6 +28,8 @@ FORCE ?=
 IMAGE ?= mayu-node:latest
 CONTAINERD ?= 1.7 2.1 2.1/sandbox
 E2E ?=
+FUZZ_SECONDS ?= 60
+TARGET ?=
 
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
@@ -37,22 +42,33 @@ results := $(target)/results
 demo: payload
 	tests/lab/run --payload $(payload) --results $(results)/demo --memory 3072 -- ./lab/demo
 
-test: check unit e2e
+test: check unit fuzz-short e2e
 
 lint check: deps
 	cargo fmt --all --check
+	rustfmt --edition 2024 --check tests/hostile-guest/main.rs
+	cargo fmt --manifest-path tests/fuzz/Cargo.toml --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo clippy --manifest-path tests/fuzz/Cargo.toml --target-dir $(target)/fuzz --locked -- -D warnings
 	scripts/cargo-deny check --hide-inclusion-graph bans licenses sources
 
 unit: deps
 	cargo test --workspace --exclude mayu-e2e --locked
 	tests/packaging/run
 
+fuzz-short: FUZZ_SECONDS = 10
+fuzz fuzz-short: deps
+	tests/fuzz/run $(target)/fuzz $(results)/fuzz $(FUZZ_SECONDS) $(TARGET)
+
 # The quicker build: behaviour is in question here, and `make bench` measures the real one.
-e2e lab: PROFILE := lab
+e2e soak lab: PROFILE := lab
 
 e2e: payload
 	tests/lab/e2e $(payload) $(results)/e2e "$(CONTAINERD)" $(E2E)
+
+soak: payload
+	MAYU_TEST_PODS=1000 MAYU_TEST_EXECS=10000 MAYU_TEST_HOSTILE_SECONDS=300 MAYU_LAB_TIMEOUT=14400 \
+	    tests/lab/e2e $(payload) $(results)/soak 2.1 one_after_another hundred_execs attack
 
 bench: payload
 	for part in bench 'bench-requests 2.1 runc mayu mayu-sandbox' 'bench-requests 1.7 runc mayu'; do \
@@ -67,8 +83,8 @@ payload: build guest
 	scripts/payload $(payload) $(PROFILE)
 
 build: deps
-	cargo build --locked --profile $(PROFILE) -p mayu -p mayu-shim -p mayu-vmm
-	scripts/build-agent $(PROFILE)
+	cargo build --locked --profile $(PROFILE) -p mayu -p mayu-shim
+	scripts/build-static $(PROFILE)
 
 guest: build
 	rootfs/build-kernel > /dev/null

@@ -25,7 +25,7 @@ class Project:
         """Makes every built file anew; their content names the version."""
         release = self.directory / "target/release"
         write(release / "containerd-shim-mayu-v2", f"shim {version}\n", 0o755)
-        write(release / "mayu-vmm", f"vmm {version}\n", 0o755)
+        write(self.directory / "target/x86_64-unknown-linux-gnu/release/mayu-vmm", f"vmm {version}\n", 0o755)
         write(release / "mayu", f"{MAYU}# {version}\n", 0o755)
         write(self.directory / "built/vmlinux", f"kernel {version}\n")
         write(self.directory / "built/guest.erofs", f"image {version}\n")

@@ -56,6 +56,13 @@ class Install(unittest.TestCase):
         self.assertTrue((doc / "kubernetes/base/kustomization.yaml").exists())
         self.assertTrue((doc / "kubernetes/examples/pod.yaml").exists())
 
+    def test_policies_come_along_with_their_tests(self):
+        self.install()
+        installed = self.file("usr/share/mayu/policies")
+        shipped = self.project.directory / "config/policies"
+        self.assertEqual(contents(installed), contents(shipped))
+        self.assertIn("restricted.rego", contents(installed))
+
     def test_uninstalling_leaves_nothing(self):
         self.install()
         self.uninstall()

@@ -48,11 +48,12 @@ pub struct Cri {
     client: RuntimeServiceClient<Channel>,
 }
 
-/// A pod. Dropping it removes it.
+/// A pod. Dropping it removes it, unless it is another's.
 pub struct Pod {
     cri: Cri,
     id: String,
     config: PodSandboxConfig,
+    is_mine: bool,
 }
 
 impl Cri {
@@ -92,20 +93,20 @@ impl Cri {
         self.runtime.block_on(self.client.list_pod_sandbox(request)).is_ok()
     }
 
-    /// The ids of all pods of the runtime under test.
+    /// The ids of the pods that were made from this: one, or none any more.
     ///
     /// # Panics
     /// containerd does not answer.
-    pub fn pods(&mut self) -> Vec<String> {
+    pub fn pods(&mut self, config: &PodSandboxConfig) -> Vec<String> {
         let request = ListPodSandboxRequest::default();
         let answer = self.runtime.block_on(self.client.list_pod_sandbox(request)).expect("a list of pods");
         let pods = answer.into_inner().items.into_iter();
-        pods.filter(|pod| pod.runtime_handler == handler()).map(|pod| pod.id).collect()
+        pods.filter(|pod| pod.metadata == config.metadata).map(|pod| pod.id).collect()
     }
 
-    /// Takes over a pod that somebody else has run.
-    pub fn adopt(self, id: &str, config: PodSandboxConfig) -> Pod {
-        Pod { cri: self, id: id.into(), config }
+    /// A pod that somebody else has run.
+    pub fn find(self, id: &str, config: PodSandboxConfig) -> Pod {
+        Pod { cri: self, id: id.into(), config, is_mine: false }
     }
 
     /// Runs a pod with another handler.
@@ -115,7 +116,7 @@ impl Cri {
     pub fn run_as(mut self, config: PodSandboxConfig, handler: &str) -> Result<Pod, Status> {
         let request = RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: handler.into() };
         let answer = self.runtime.block_on(self.client.run_pod_sandbox(Request::new(request)))?;
-        Ok(Pod { cri: self, id: answer.into_inner().pod_sandbox_id, config })
+        Ok(Pod { cri: self, id: answer.into_inner().pod_sandbox_id, config, is_mine: true })
     }
 }
 
@@ -184,6 +185,11 @@ impl Pod {
     /// Its id.
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// Lets go of it, and it stays.
+    pub fn leave(mut self) {
+        self.is_mine = false;
     }
 
     /// What it was made from.
@@ -465,6 +471,8 @@ impl Pod {
 impl Drop for Pod {
     fn drop(&mut self) {
         // Most are gone already; removing one that is not there succeeds.
-        drop(self.remove());
+        if self.is_mine {
+            drop(self.remove());
+        }
     }
 }

@@ -96,7 +96,13 @@ impl Traces {
             mounts.lines().map(|line| line.split(' ').skip(2).collect::<Vec<_>>().join(" ")).collect();
         let mut files = BTreeSet::new();
         // Not /run/containerd/fifo: those are the client's, who keeps them when somebody else removes its task.
-        for root in ["/run/mayu", "/run/containerd/s", "/run/containerd/io.containerd.runtime.v2.task"] {
+        for root in [
+            "/run/mayu",
+            "/run/netns",
+            "/sys/class/net",
+            "/run/containerd/s",
+            "/run/containerd/io.containerd.runtime.v2.task",
+        ] {
             collect(Path::new(root), &mut files, 3, &|path| !is_hidden(path));
         }
         let mut cgroups = BTreeSet::new();

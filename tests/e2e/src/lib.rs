@@ -12,9 +12,11 @@ mod container;
 pub mod cri;
 pub mod host;
 pub mod image;
+pub mod intruder;
 pub mod mount;
 pub mod shim;
 pub mod spec;
+pub mod trace;
 
 pub use command::{Outcome, run, run_with_input};
 pub use container::{Container, ctr};

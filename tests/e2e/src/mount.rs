@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use tempfile::NamedTempFile;
 
 use crate::run;
 
@@ -74,5 +75,46 @@ impl Drop for HostMount {
     fn drop(&mut self) {
         // Something may still use it where its test has failed.
         let _ = umount2(&self.path, MntFlags::MNT_DETACH);
+    }
+}
+
+/// A disk that is a file, until its test is over.
+pub struct LoopDevice {
+    backing: NamedTempFile,
+    path: PathBuf,
+}
+
+impl LoopDevice {
+    /// An empty one, of so many bytes.
+    ///
+    /// # Panics
+    /// There is no loop device to be had.
+    #[track_caller]
+    pub fn new(bytes: u64) -> Self {
+        let backing = NamedTempFile::new_in("/var/tmp").expect("a new file");
+        backing.as_file().set_len(bytes).expect("there is room");
+        // Fails where loop devices are no module; where there are none at all, the next says so.
+        run(Command::new("modprobe").arg("loop"));
+        let path = run(Command::new("losetup").args(["--find", "--show"]).arg(backing.path()))
+            .success()
+            .text()
+            .into();
+        Self { backing, path }
+    }
+
+    /// The device.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it consists of.
+    pub fn backing(&self) -> &File {
+        self.backing.as_file()
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        run(Command::new("losetup").arg("--detach").arg(&self.path));
     }
 }

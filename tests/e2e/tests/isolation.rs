@@ -1,8 +1,18 @@
 //! The container is in a virtual machine, and not on the host.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::Command;
 
-use mayu_e2e::host::{process_status, processes, processes_named};
+use elf::ElfBytes;
+use elf::abi::{DF_BIND_NOW, DT_FLAGS, ET_DYN, PF_W, PF_X, PT_GNU_RELRO};
+use elf::endian::LittleEndian;
+use elf::segment::ProgramHeader;
+use mayu_e2e::configuration::Configuration;
+use mayu_e2e::host::{kill_9, process_status, processes, processes_named, shim_of};
+use mayu_e2e::shim::eventually;
 use mayu_e2e::{Container, run};
 
 #[test]
@@ -41,8 +51,7 @@ fn the_vmm_is_unprivileged_and_in_namespaces_of_its_own() {
         "the task's pid is the VMM's, not {name}'s"
     );
 
-    let uids = process_status(vmm, "Uid");
-    assert!(uids.split_whitespace().all(|uid| uid != "0"), "{uids}");
+    assert_ne!(uid(vmm), 0);
     // The bounding set matters only to an exec that gains privileges, which no_new_privs rules out.
     for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
         assert_eq!(u64::from_str_radix(&process_status(vmm, set), 16).unwrap(), 0, "{set}");
@@ -51,6 +60,87 @@ fn the_vmm_is_unprivileged_and_in_namespaces_of_its_own() {
     for namespace in ["mnt", "net", "ipc", "uts", "pid", "user"] {
         let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{namespace}")).unwrap();
         assert_ne!(of(&vmm.to_string()), of("self"), "{namespace}");
+    }
+}
+
+fn uid(vmm: u32) -> u32 {
+    let uids = process_status(vmm, "Uid");
+    let uids: Vec<_> = uids.split_whitespace().collect();
+    assert!(uids.iter().all(|uid| *uid == uids[0]), "real, effective, saved and of files: {uids:?}");
+    uids[0].parse().unwrap()
+}
+
+/// A pod that is refused; what `ctr` says.
+fn refusal() -> String {
+    let outcome = Container::sh(&[], "true");
+    assert_ne!(outcome.code, 0);
+    outcome.stderr
+}
+
+#[test]
+fn each_vmm_has_a_uid_that_the_others_cannot_reach_and_that_is_free_with_its_pod() {
+    let _two = Configuration::set("vm", "uids", "{ first = 2130706000, count = 2 }");
+    let (one, other) = (Container::idle(&[]), Container::idle(&[]));
+    let (first, second) = (uid(one.pid()), uid(other.pid()));
+    assert_eq!(BTreeSet::from([first, second]), BTreeSet::from([2_130_706_000, 2_130_706_001]));
+    let signal = |uid| {
+        let mut kill = Command::new("sh");
+        run(kill.args(["-c", &format!("kill -0 {}", other.pid())]).uid(uid).gid(uid)).code
+    };
+    assert_ne!(signal(first), 0, "one pod's VMM may signal another's");
+    assert_eq!(signal(second), 0, "it is the uid that keeps them apart");
+    assert!(refusal().contains("all 2 uids from 2130706000 on are in use"));
+
+    let freed = || !Path::new("/run/mayu").join(format!("uid:{first}")).exists();
+    one.remove();
+    eventually("its uid is free", freed);
+    let next = Container::idle(&[]);
+    let vmm = next.pid();
+    assert_eq!(uid(vmm), first);
+
+    // The lease of a shim that cannot give it back ends with it.
+    kill_9(shim_of(next.id()).pid);
+    eventually("the VMM is gone", || !processes().iter().any(|process| process.pid == vmm));
+    drop(next);
+    eventually("its uid is free", freed);
+    assert_eq!(uid(Container::idle(&[]).pid()), first);
+}
+
+#[test]
+fn what_a_vmm_may_use_is_bounded() {
+    let container = Container::idle(&[]);
+    let vmm = container.pid();
+    let limits = fs::read_to_string(format!("/proc/{vmm}/limits")).unwrap();
+    let limit = |name: &str| {
+        let line = limits.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.split_whitespace().next().unwrap().parse::<u64>().ok()
+    };
+    assert_eq!(limit("Max core file size"), Some(0));
+    assert!(limit("Max open files").is_some());
+    // The largest guest of the configuration has 4 GiB.
+    assert!(limit("Max address space").is_some_and(|bytes| bytes <= 8 << 30));
+}
+
+/// At any address, with nothing to write to where it is told where functions are, and never to write to and to execute.
+#[test]
+fn the_programs_are_hardened() {
+    for program in ["/usr/libexec/mayu/mayu-vmm", "/usr/bin/containerd-shim-mayu-v2"] {
+        let file = fs::read(program).unwrap();
+        let elf = ElfBytes::<LittleEndian>::minimal_parse(&file).unwrap();
+        assert_eq!(elf.ehdr.e_type, ET_DYN, "{program} is position-independent");
+        let segments = elf.segments().unwrap();
+        assert!(segments.iter().any(|segment| segment.p_type == PT_GNU_RELRO), "{program}");
+        let both = |segment: ProgramHeader| segment.p_flags & (PF_W | PF_X) == PF_W | PF_X;
+        assert!(!segments.iter().any(both), "{program}");
+        let dynamic = elf.dynamic().unwrap().unwrap();
+        let flags = dynamic.iter().find(|entry| entry.d_tag == DT_FLAGS).map_or(0, |entry| entry.d_val());
+        assert_ne!(flags & DF_BIND_NOW.cast_unsigned(), 0, "{program} binds at once");
+    }
+    let container = Container::idle(&[]);
+    for process in [container.pid(), shim_of(container.id()).pid] {
+        let maps = fs::read_to_string(format!("/proc/{process}/maps")).unwrap();
+        let both = |line: &&str| line.split(' ').nth(1).is_some_and(|access| access.contains("wx"));
+        assert_eq!(maps.lines().find(both), None);
     }
 }
 
@@ -64,6 +154,19 @@ fn the_vmm_keeps_nothing_open_that_is_not_the_pod_s() {
         let of_the_guest = target.ends_with("vmlinux") || target.ends_with("guest.erofs");
         let of_the_pod = target == "/" || allowed.iter().any(|prefix| target.starts_with(prefix));
         assert!(of_the_guest || of_the_pod || target.contains(container.id()), "the VMM holds {target}");
+    }
+}
+
+#[test]
+fn the_shim_keeps_the_privileges_that_it_needs() {
+    let container = Container::idle(&[]);
+    let shim = shim_of(container.id()).pid;
+    // CAP_SYS_MODULE, CAP_SYS_RAWIO, CAP_SYS_BOOT, CAP_SYS_TIME, CAP_NET_RAW (linux/capability.h).
+    let given_up = 1 << 16 | 1 << 17 | 1 << 22 | 1 << 25 | 1 << 13;
+    for set in ["CapPrm", "CapEff", "CapBnd"] {
+        let has = u64::from_str_radix(&process_status(shim, set), 16).unwrap();
+        assert_eq!(has & given_up, 0, "{set}: {has:x}");
+        assert_ne!(has & 1 << 21, 0, "{set} without CAP_SYS_ADMIN: {has:x}");
     }
 }
 

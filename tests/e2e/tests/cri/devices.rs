@@ -7,44 +7,21 @@ use std::process::Command;
 
 use k8s_cri::v1::{ContainerConfig, Device};
 use mayu_e2e::cri::container;
-use mayu_e2e::mount::HostMount;
+use mayu_e2e::mount::{HostMount, LoopDevice};
 use mayu_e2e::{BUSYBOX, Outcome, run};
 
 use super::{idle, mount, pod, script, sleeping};
 
-/// A loop device over a file, until the end of the test.
-struct Disk {
-    file: tempfile::NamedTempFile,
-    path: PathBuf,
-}
-
-impl Disk {
-    fn new(bytes: u64) -> Self {
-        let file = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
-        file.as_file().set_len(bytes).unwrap();
-        drop(run(Command::new("modprobe").arg("loop")));
-        let attach = ["--find", "--show", file.path().to_str().unwrap()];
-        let path = run(Command::new("losetup").args(attach)).success().text().into();
-        Self { file, path }
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        run(Command::new("losetup").args(["--detach", self.path.to_str().unwrap()]));
-    }
-}
-
 /// A volume group of one disk, until the end of the test.
 struct VolumeGroup {
     name: String,
-    disk: Disk,
+    disk: LoopDevice,
 }
 
 impl VolumeGroup {
     fn new() -> Self {
-        let group = Self { name: format!("mayu-{}", std::process::id()), disk: Disk::new(64 << 20) };
-        lvm(&["vgcreate", &group.name, group.disk.path.to_str().unwrap()]).success();
+        let group = Self { name: format!("mayu-{}", std::process::id()), disk: LoopDevice::new(64 << 20) };
+        lvm(&["vgcreate", &group.name, group.disk.path().to_str().unwrap()]).success();
         group
     }
 
@@ -79,22 +56,21 @@ fn with_disk(name: &str, disk: &Path, permissions: &str) -> ContainerConfig {
 
 #[test]
 fn a_raw_block_volume_is_a_disk_of_the_guest() {
-    let disk = Disk::new(4 << 20);
-    disk.file.as_file().write_all_at(b"from the host", 0).unwrap();
+    let disk = LoopDevice::new(4 << 20);
+    disk.backing().write_all_at(b"from the host", 0).unwrap();
     let mut pod = pod();
     // While the pod runs already, as with any container but the first.
     let other = idle(&mut pod, "other");
-    let writer = pod.run_container(with_disk("writer", &disk.path, "rwm")).unwrap();
+    let writer = pod.run_container(with_disk("writer", disk.path(), "rwm")).unwrap();
     let size = script(&mut pod, &writer, "blockdev --getsize64 /dev/xvda");
     assert_eq!(size, (4 << 20).to_string());
     assert_eq!(script(&mut pod, &writer, "head -c 13 /dev/xvda"), "from the host");
     script(&mut pod, &writer, "printf 'from the guest' | dd of=/dev/xvda bs=512 seek=8 conv=notrunc,fsync");
     let mut bytes = [0; 14];
-    let file = File::open(disk.file.path()).unwrap();
-    file.read_exact_at(&mut bytes, 4096).unwrap();
+    disk.backing().read_exact_at(&mut bytes, 4096).unwrap();
     assert_eq!(&bytes, b"from the guest");
 
-    let reader = pod.run_container(with_disk("reader", &disk.path, "r")).unwrap();
+    let reader = pod.run_container(with_disk("reader", disk.path(), "r")).unwrap();
     assert_eq!(
         script(&mut pod, &reader, "dd if=/dev/xvda bs=512 skip=8 count=1 2> /dev/null | head -c 14"),
         "from the guest"
@@ -107,8 +83,8 @@ fn a_raw_block_volume_is_a_disk_of_the_guest() {
         pod.remove_container(container, 0).unwrap();
     }
     // The slot is free again, and another disk has its place.
-    let next = Disk::new(1 << 20);
-    let writer = pod.run_container(with_disk("next", &next.path, "rwm")).unwrap();
+    let next = LoopDevice::new(1 << 20);
+    let writer = pod.run_container(with_disk("next", next.path(), "rwm")).unwrap();
     assert_eq!(script(&mut pod, &writer, "blockdev --getsize64 /dev/xvda"), (1 << 20).to_string());
 }
 
@@ -138,13 +114,13 @@ fn a_logical_volume_is_a_disk_of_the_guest_or_a_file_system_like_any_other() {
 
 #[test]
 fn more_disks_than_there_are_slots_are_refused_and_named() {
-    let disks: Vec<_> = (0..5).map(|_| Disk::new(1 << 20)).collect();
+    let disks: Vec<_> = (0..5).map(|_| LoopDevice::new(1 << 20)).collect();
     let mut config = container("many", BUSYBOX, &["sleep", "infinity"]);
     config.devices = (0..)
         .zip(&disks)
         .map(|(number, disk)| Device {
             container_path: format!("/dev/disk{number}"),
-            host_path: disk.path.display().to_string(),
+            host_path: disk.path().display().to_string(),
             permissions: "rw".into(),
         })
         .collect();

@@ -3,15 +3,20 @@
 
 mod confinement;
 mod devices;
+mod faults;
 mod lifecycle;
+mod limits;
 mod listing;
 mod memory;
 mod namespaces;
 mod network;
+mod phases;
 mod pods;
+mod policy;
 mod refusals;
 mod resources;
 mod restart;
+mod scarcity;
 mod security;
 mod service;
 mod streams;
@@ -21,17 +26,25 @@ use std::path::Path;
 
 use k8s_cri::v1::{
     ContainerConfig, ContainerState, ContainerStatus, LinuxContainerConfig, LinuxContainerSecurityContext,
-    LinuxPodSandboxConfig, Mount,
+    LinuxPodSandboxConfig, Mount, PodSandboxConfig,
 };
-use mayu_e2e::cri::{Cri, Pod, container};
+use mayu_e2e::cri::{Cri, Pod, container, pod_config};
 use mayu_e2e::host::Traces;
 use mayu_e2e::shim::eventually;
 use mayu_e2e::{BUSYBOX, Outcome};
+use tonic::Status;
 
 /// A pod like any other.
 #[track_caller]
 fn pod() -> Pod {
     Cri::connect(&[BUSYBOX]).run_pod(LinuxPodSandboxConfig::default()).unwrap()
+}
+
+/// A pod with annotations.
+fn annotated(annotations: &[(&str, &str)]) -> Result<Pod, Status> {
+    let annotations = annotations.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    let config = pod_config(LinuxPodSandboxConfig::default());
+    Cri::connect(&[BUSYBOX]).run(PodSandboxConfig { annotations: annotations.collect(), ..config })
 }
 
 /// A container of busybox that does nothing, to be changed before it is created.

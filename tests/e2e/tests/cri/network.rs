@@ -15,7 +15,7 @@ use mayu_e2e::{BUSYBOX, PATIENCE, run};
 use super::{idle, pod, script, traces};
 
 /// The address of the host on the pods' bridge: the first of the subnet in the lab's CNI configuration.
-const HOST: &str = "10.88.0.1";
+pub const HOST: &str = "10.88.0.1";
 
 /// A pod in which busybox serves a text at port 80 of all its addresses.
 fn web(pod: &mut Pod, text: &str) -> String {

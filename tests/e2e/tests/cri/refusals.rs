@@ -6,16 +6,14 @@ use std::process::Command;
 
 use k8s_cri::v1::{
     ContainerConfig, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
-    PodSandboxConfig,
 };
 use mayu_e2e::configuration::Configuration;
-use mayu_e2e::cri::{Cri, Pod, by_sandbox_api, container, pod_config};
+use mayu_e2e::cri::{Cri, by_sandbox_api, container};
 use mayu_e2e::host::processes_named;
 use mayu_e2e::image::Image;
 use mayu_e2e::{BUSYBOX, run};
-use tonic::Status;
 
-use super::{idle, mount, pod, script, sleeping, traces};
+use super::{annotated, idle, mount, pod, script, sleeping, traces};
 
 /// How many containers one pod is given, unless the environment says otherwise.
 const CONTAINERS: usize = 30;
@@ -114,26 +112,18 @@ fn a_link_where_a_volume_is_to_be_leads_nowhere_outside() {
     assert!(fs::read_dir(outside).unwrap().next().is_none());
 }
 
-/// A pod with annotations.
-fn annotated(annotations: HashMap<String, String>) -> Result<Pod, Status> {
-    let config = PodSandboxConfig { annotations, ..pod_config(LinuxPodSandboxConfig::default()) };
-    Cri::connect(&[BUSYBOX]).run(config)
-}
-
 #[test]
 fn annotations_that_nobody_knows_change_nothing() {
     let long = "x".repeat(10_000);
-    let annotations = HashMap::from(
-        [
-            ("io.katacontainers.config.hypervisor.path", "/bin/sh"),
-            ("run.oci.handler", "krun"),
-            ("example.test/odd", "\u{1f98b} \" ' \\ \n \t"),
-            ("example.test/long", &long),
-            ("example.test/empty", ""),
-        ]
-        .map(|(key, value)| (key.to_owned(), value.to_owned())),
-    );
-    let mut pod = annotated(annotations.clone()).unwrap();
+    let annotations = [
+        ("io.katacontainers.config.hypervisor.path", "/bin/sh"),
+        ("run.oci.handler", "krun"),
+        ("example.test/odd", "\u{1f98b} \" ' \\ \n \t"),
+        ("example.test/long", &long),
+        ("example.test/empty", ""),
+    ];
+    let mut pod = annotated(&annotations).unwrap();
+    let annotations = HashMap::from(annotations.map(|(key, value)| (key.to_owned(), value.to_owned())));
     let config = ContainerConfig { annotations: annotations.clone(), ..sleeping("one") };
     let one = pod.run_container(config).unwrap();
     assert_eq!(script(&mut pod, &one, "echo runs"), "runs");
@@ -144,7 +134,7 @@ fn annotations_that_nobody_knows_change_nothing() {
 #[test]
 fn annotations_of_mayu_do_what_the_operator_allows_and_no_more() {
     let before = traces();
-    let run = |name: &str, value: &str| annotated(HashMap::from([(name.to_owned(), value.to_owned())]));
+    let run = |name: &str, value: &str| annotated(&[(name, value)]);
     let refused = |name: &str, value: &str, reason: &str| {
         let refusal = run(name, value).map(|pod| pod.id().to_owned()).expect_err(name);
         let message = refusal.message();

@@ -102,6 +102,8 @@ fn the_host_accounts_for_the_vm_in_its_pods_cgroup() {
     let [vmm] = &processes_named("mayu-vmm")[..] else { panic!("one VMM") };
     let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", vmm.pid)).unwrap();
     assert_eq!(cgroup.trim(), format!("0::{parent}/{}", pod.id()));
+    let threads = fs::read_to_string(format!("/sys/fs/cgroup{parent}/{}/pids.max", pod.id())).unwrap();
+    assert_eq!(threads.trim(), "512");
 
     let stats = pod.pod_stats().unwrap().linux.expect("figures of Linux");
     let used = stats.memory.unwrap().working_set_bytes.unwrap().value;

@@ -1,0 +1,99 @@
+//! A pod's shim, VMM or guest ended or stopped in the middle of each phase: the pod is told to have ended, leaves nothing, and no
+//! other notices.
+
+use std::fs;
+
+use k8s_cri::v1::LinuxPodSandboxConfig;
+use mayu_e2e::host::Process;
+use mayu_e2e::shim::eventually;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::phases::{Moment, Phase, Scene, in_every_phase, privileged};
+
+/// A process that is gone by now has nothing to fear.
+fn signal(victim: Option<Process>, signal: Signal) {
+    if let Some(victim) = victim {
+        let _ = kill(Pid::from_raw(victim.pid.cast_signed()), signal);
+    }
+}
+
+/// The exit code of who was killed.
+const KILLED: i32 = 137;
+
+/// What containerd tells where nobody has told it (its `UnknownExitStatus`).
+const UNKNOWN: i32 = 255;
+
+fn ends_in_every_phase(linux: &LinuxPodSandboxConfig, codes: &[i32], end: impl Fn(&Scene)) {
+    in_every_phase(linux, Moment::Midway, end, |phase, scene, answer| {
+        if let Err(error) = answer {
+            assert!(!error.message().is_empty(), "{phase:?}");
+        }
+        assert_ended(phase, scene, codes);
+    });
+}
+
+fn assert_ended(phase: Phase, scene: &Scene, codes: &[i32]) {
+    for mut pod in scene.pods() {
+        eventually("the pod is told to have ended", || !pod.ready());
+    }
+    if phase.has_a_container() {
+        eventually("its container is told to have ended", || scene.exit_code().is_some());
+        let code = scene.exit_code().unwrap();
+        assert!(codes.contains(&code), "{phase:?}: {code}");
+    }
+}
+
+#[test]
+fn the_shim_is_killed() {
+    // containerd asks the shim for the code as soon as it hears of the end, and may not hear it before the shim is no more.
+    let codes = [KILLED, UNKNOWN];
+    ends_in_every_phase(&LinuxPodSandboxConfig::default(), &codes, |scene| {
+        signal(scene.shim(), Signal::SIGKILL);
+    });
+}
+
+#[test]
+fn the_vmm_is_killed() {
+    ends_in_every_phase(&LinuxPodSandboxConfig::default(), &[KILLED], |scene| {
+        signal(scene.vmm(), Signal::SIGKILL);
+    });
+}
+
+#[test]
+fn the_vmm_is_stopped() {
+    ends_in_every_phase(&LinuxPodSandboxConfig::default(), &[KILLED], |scene| {
+        signal(scene.vmm(), Signal::SIGSTOP);
+    });
+}
+
+#[test]
+fn the_vmm_is_at_its_limit_on_the_host() {
+    let parent = format!("/mayu-faults-{}", std::process::id());
+    let directory = format!("/sys/fs/cgroup{parent}");
+    fs::create_dir(&directory).unwrap();
+    for controller in ["/sys/fs/cgroup", &directory] {
+        fs::write(format!("{controller}/cgroup.subtree_control"), "+memory").unwrap();
+    }
+    let limit = format!("{directory}/memory.max");
+    let linux = LinuxPodSandboxConfig { cgroup_parent: parent, ..Default::default() };
+
+    ends_in_every_phase(&linux, &[KILLED], |scene| {
+        fs::write(&limit, "1M").unwrap();
+        eventually("the kernel has ended the VMM", || scene.vmm().is_none());
+        fs::write(&limit, "max").unwrap();
+    });
+
+    eventually("the limit's cgroup is empty", || fs::remove_dir(&directory).is_ok());
+}
+
+#[test]
+fn the_guests_kernel_panics() {
+    // It takes the agent with it, as the agent's end does the kernel: that is its init.
+    let panic = |scene: &Scene| scene.sabotage("echo c > /proc/sysrq-trigger");
+    in_every_phase(&privileged(), Moment::Midway, panic, |phase, scene, answer| match phase {
+        // Nobody is in the guest yet who could.
+        Phase::RunPodSandbox => answer.unwrap(),
+        _ => assert_ended(phase, scene, &[KILLED]),
+    });
+}
