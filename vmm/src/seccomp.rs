@@ -115,8 +115,7 @@ const SELDOM: &[Allowed] = &[
     allow!(SYS_restart_syscall, "a wait with an end, after the process was stopped or frozen in it"),
 ];
 
-/// What any thread is told that there is none of (ENOSYS), instead of ending the process. The strictest of all filters decides, so
-/// that the others have to let it pass.
+/// What any thread is told that there is none of (ENOSYS), instead of ending the process.
 const REFUSED: &[Allowed] = &[
     allow!(SYS_clone3, "glibc asks for it first, and then for clone, whose arguments can be looked at"),
     allow!(SYS_mremap, "glibc asks for it where a large buffer grows, and then copies"),
@@ -269,8 +268,14 @@ impl Kind {
         self.table().iter().copied().flatten().any(same)
     }
 
+    /// One program, since the kernel takes its time with each. It first looks among what is refused.
     fn compile(self) -> Result<BpfProgram> {
-        compile(self.table().iter().copied().flatten(), SeccompAction::KillProcess, SeccompAction::Allow)
+        let mut program = compile(REFUSED.iter(), SeccompAction::Allow, SeccompAction::Errno(ENOSYS as u32))?;
+        // That any other call is allowed. In its place the table follows.
+        program.pop();
+        let allowed = self.table().iter().copied().flatten().filter(|line| !Self::refuses(line));
+        program.append(&mut compile(allowed, SeccompAction::KillProcess, SeccompAction::Allow)?);
+        Ok(program)
     }
 }
 
@@ -286,16 +291,9 @@ impl fmt::Display for Kind {
     }
 }
 
-/// The filters of all kinds of threads, ready to be entered.
-struct Filters {
-    programs: [(Kind, BpfProgram); 5],
-    /// Says of [`REFUSED`] that there is no such call.
-    refusal: BpfProgram,
-}
-
 /// Whether threads enter filters. Those of a process that has other things to do as well do not.
 #[derive(Clone)]
-pub struct Confinement(Option<Arc<Filters>>);
+pub struct Confinement(Option<Arc<[(Kind, BpfProgram); 5]>>);
 
 impl Confinement {
     /// Every thread enters its filter.
@@ -306,8 +304,7 @@ impl Confinement {
         let [event_loop, vcpu, fs, block, net] = Kind::ALL;
         let program = |kind: Kind| Ok((kind, kind.compile()?));
         let programs = [program(event_loop)?, program(vcpu)?, program(fs)?, program(block)?, program(net)?];
-        let refusal = compile(REFUSED.iter(), SeccompAction::Allow, SeccompAction::Errno(ENOSYS as u32))?;
-        Ok(Self(Some(Arc::new(Filters { programs, refusal }))))
+        Ok(Self(Some(Arc::new(programs))))
     }
 
     /// No thread does.
@@ -320,16 +317,11 @@ impl Confinement {
     /// # Errors
     /// The kernel has no seccomp filters.
     pub fn enter(&self, kind: Kind) -> Result<()> {
-        let Some(filters) = &self.0 else { return Ok(()) };
-        let failed = |source: seccompiler::Error| Error::Seccomp { kind, source };
-        // The others have it from the event loop, which starts them.
-        if matches!(kind, Kind::EventLoop | Kind::Vcpu | Kind::Fs) {
-            apply_filter(&filters.refusal).map_err(failed)?;
+        let programs = self.0.iter().flat_map(|programs| programs.iter());
+        for (_, program) in programs.filter(|(of, _)| *of == kind) {
+            apply_filter(program).map_err(|source| Error::Seccomp { kind, source })?;
         }
-        match filters.programs.iter().find(|(of, _)| *of == kind) {
-            Some((_, program)) => apply_filter(program).map_err(failed),
-            None => Ok(()),
-        }
+        Ok(())
     }
 }
 
