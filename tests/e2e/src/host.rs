@@ -44,6 +44,17 @@ pub fn processes_named(name: &str) -> Vec<Process> {
     processes().into_iter().filter(|process| process.name == name).collect()
 }
 
+/// The VMMs in their jails: a VMM begins outside, as a process that forks it and ends.
+pub fn vmms() -> Vec<Process> {
+    // A PID for each namespace that it is in: proc_pid_status(5).
+    let jailed = |process: &Process| {
+        let status = fs::read_to_string(format!("/proc/{}/status", process.pid)).unwrap_or_default();
+        let pids = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+        pids.is_some_and(|pids| pids.split_whitespace().count() > 1)
+    };
+    processes_named("mayu-vmm").into_iter().filter(jailed).collect()
+}
+
 /// The shim that serves a pod.
 ///
 /// # Panics

@@ -13,7 +13,7 @@ use k8s_cri::v1::{
 use mayu_e2e::BUSYBOX;
 use mayu_e2e::configuration::Configuration;
 use mayu_e2e::cri::{Cri, Pod, container, pod_config, private};
-use mayu_e2e::host::{Process, processes_named};
+use mayu_e2e::host::{Process, processes_named, vmms};
 use mayu_e2e::shim::eventually;
 use tonic::Status;
 
@@ -75,9 +75,9 @@ pub(super) enum Moment {
 }
 
 impl Scene {
-    /// The pod's VMM, if it has one at the moment.
+    /// The pod's VMM, if it has one in its jail at the moment.
     pub(super) fn vmm(&self) -> Option<Process> {
-        processes_named(VMM).into_iter().find(|process| !self.others.processes.contains(process))
+        vmms().into_iter().find(|process| !self.others.processes.contains(process))
     }
 
     /// The pod's shim, if it has one at the moment.
