@@ -206,7 +206,7 @@ pub(super) fn in_every_phase<U>(
 ) {
     // A request to a VMM that is stopped is over when its time is.
     let _configuration = Configuration::with(|text| {
-        let short = "[timeouts]\nboot = 60\nrequest = 10\nhealth = 5\nshutdown = 5\n";
+        let short = "[timeouts]\nboot = 30\nrequest = 10\nhealth = 5\nshutdown = 5\n";
         format!("{}{short}", &text[..text.find("[timeouts]").expect("a table of time-outs")])
     });
     let before = traces();
