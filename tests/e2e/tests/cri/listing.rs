@@ -5,9 +5,8 @@ use std::iter;
 use std::time::{Duration, Instant};
 
 use k8s_cri::v1::{
-    ContainerConfig, ContainerEventResponse, ContainerEventType, ContainerFilter, ContainerState,
-    ContainerStateValue, LinuxPodSandboxConfig, PodSandboxConfig, PodSandboxFilter, PodSandboxState,
-    PodSandboxStateValue,
+    ContainerConfig, ContainerEventType, ContainerFilter, ContainerState, ContainerStateValue,
+    LinuxPodSandboxConfig, PodSandboxConfig, PodSandboxFilter, PodSandboxState, PodSandboxStateValue,
 };
 use mayu_e2e::cri::{Cri, Pod, events, pod_config};
 use mayu_e2e::{BUSYBOX, PATIENCE};
