@@ -138,6 +138,8 @@ fn read_start(file: &File, buffer: &mut [u8]) -> io::Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeMap;
+
     use mayu_vmm_api::RateLimit;
     use std::io::{Seek as _, Write as _};
     use vm_memory::Bytes as _;
@@ -244,6 +246,7 @@ mod tests {
             uid: 1000,
             net_limit: RateLimit::default(),
             block_limit: RateLimit::default(),
+            made_of: BTreeMap::new(),
         }
     }
 

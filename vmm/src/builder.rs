@@ -10,8 +10,9 @@ use mayu_vmm_api::{BLOCK_SLOTS, MAX_NET_SLOTS, MAX_VCPUS, RateLimit, VmConfig};
 use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::arch::cpuid::CpuidTemplate;
+use crate::arch::cpuid::{CpuidTemplate, processor};
 use crate::arch::{self, layout};
+use crate::boot;
 use crate::bus::{Bus, SharedTransport, lock};
 use crate::devices::serial::serial;
 use crate::devices::virtio::block::{Block, BlockSlot};
@@ -27,10 +28,10 @@ use crate::error::{Error, Result};
 use crate::event_loop::EventLoop;
 use crate::kvm::Vm;
 use crate::machine::Machine;
+use crate::memory::{self, Backing};
 use crate::seccomp::Confinement;
-use crate::snapshot::MachineState;
+use crate::snapshot::Snapshot;
 use crate::vcpu::{Shared, Vcpus, exit_channel};
-use crate::{boot, memory};
 
 /// The guest finds the pod's share under this name.
 pub const SHARE_TAG: &str = "mayu";
@@ -90,13 +91,21 @@ pub fn check(config: &VmConfig) -> Result<()> {
     }
 }
 
-/// Builds a machine whose vCPUs are ready to enter the kernel, but do not run.
+/// Builds a machine whose vCPUs are ready to enter the kernel, but do not run. Its memory is that of a file, if there is one.
 ///
 /// # Errors
 /// The host lacks something, the kernel is not one, the memory is too small or too large, ...
-pub fn build(config: &VmConfig, kernel: File, parts: Parts, events: &EventLoop) -> Result<Machine> {
+pub fn build(
+    config: &VmConfig,
+    kernel: File,
+    memory: Option<&File>,
+    parts: Parts,
+    events: &EventLoop,
+) -> Result<Machine> {
     check(config)?;
-    let memory = memory::allocate(config.memory_mib, config.max_memory_mib)?;
+    let is_template = memory.is_some();
+    let backing = memory.map_or(Backing::Anonymous, Backing::File);
+    let memory = memory::map(config.memory_mib, config.max_memory_mib, backing)?;
     let entry = boot::load_kernel(&memory, kernel)?;
     let command_line = boot::command_line(config, device_count(config))?;
     let command_line_size = boot::load_command_line(&memory, &command_line)?;
@@ -106,26 +115,30 @@ pub fn build(config: &VmConfig, kernel: File, parts: Parts, events: &EventLoop) 
         command_line_size,
         config.max_vcpus,
     )?;
-    assemble(config, &Origin::Kernel { entry }, memory, parts, events)
+    let machine = assemble(config, &Origin::Kernel { entry }, memory, parts, events)?;
+    Ok(Machine { is_template, ..machine })
 }
 
-/// Builds a machine that goes on from where another was saved, with that one's memory. It is paused. What can be plugged
-/// in and out has to be anonymous memory here too: what was unplugged must read as zero, and not as it did in a file.
+/// Builds a machine that goes on from where another was saved, with a copy of that one's memory. It is paused. Memory that was
+/// plugged in is not there: it has to be saved before there is any.
 ///
 /// # Errors
 /// As [`build`], or the state is not that of a machine with this description.
 pub fn restore(
     config: &VmConfig,
-    state: &MachineState,
-    memory: GuestMemoryMmap,
+    snapshot: &Snapshot,
+    memory: &File,
     parts: Parts,
     events: &EventLoop,
 ) -> Result<Machine> {
     check(config)?;
+    snapshot.check(config)?;
+    let state = &snapshot.machine;
     if state.vcpus.len() != usize::from(config.max_vcpus) || state.devices.len() != device_count(config) {
         return Err(Error::RestoreMachine { vcpus: state.vcpus.len(), devices: state.devices.len() });
     }
-    assemble(config, &Origin::Saved(state), memory, parts, events)
+    let memory = memory::map(config.memory_mib, config.max_memory_mib, Backing::CopyOf(memory))?;
+    assemble(config, &Origin::Saved(snapshot), memory, parts, events)
 }
 
 /// Where the guest starts.
@@ -133,7 +146,7 @@ enum Origin<'a> {
     /// At the kernel's entry.
     Kernel { entry: GuestAddress },
     /// Where it was saved.
-    Saved(&'a MachineState),
+    Saved(&'a Snapshot),
 }
 
 fn assemble(
@@ -144,6 +157,9 @@ fn assemble(
     events: &EventLoop,
 ) -> Result<Machine> {
     let vm = Vm::new(parts.kvm)?;
+    if let Origin::Saved(snapshot) = origin {
+        snapshot.check_processor(&processor(&vm.supported_cpuid()?))?;
+    }
     vm.set_memory(&memory)?;
     let memory = GuestMemoryAtomic::new(memory);
 
@@ -160,12 +176,12 @@ fn assemble(
     vm.connect_interrupt(&line, layout::SERIAL_GSI)?;
     let serial = match origin {
         Origin::Kernel { .. } => serial(line, parts.console)?,
-        Origin::Saved(state) => state.serial.restore(line, parts.console)?,
+        Origin::Saved(saved) => saved.machine.serial.restore(line, parts.console)?,
     };
     let fds = create_vcpus(&vm, config.max_vcpus, origin)?;
-    if let Origin::Saved(state) = origin {
-        vm.restore(&state.vm)?;
-        for (device, saved) in transports.iter().zip(&state.devices) {
+    if let Origin::Saved(Snapshot { machine, .. }) = origin {
+        vm.restore(&machine.vm)?;
+        for (device, saved) in transports.iter().zip(&machine.devices) {
             lock(device).restore(saved)?;
         }
     }
@@ -190,8 +206,9 @@ fn assemble(
         entered,
         started: parts.started,
         running: false,
+        is_template: false,
         memory,
-        memory_mib: config.memory_mib..=config.max_memory_mib,
+        config: config.clone(),
         growth,
     })
 }
@@ -205,8 +222,8 @@ fn create_vcpus(vm: &Vm, count: u8, origin: &Origin<'_>) -> Result<Vec<VcpuFd>> 
                 arch::boot::configure_vcpu(fd, id, &template, *entry)?;
             }
         }
-        Origin::Saved(state) => {
-            for (saved, fd) in state.vcpus.iter().zip(&fds) {
+        Origin::Saved(saved) => {
+            for (saved, fd) in saved.machine.vcpus.iter().zip(&fds) {
                 saved.restore(fd)?;
             }
         }

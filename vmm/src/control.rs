@@ -19,12 +19,32 @@ use crate::error::{Error, Result};
 use crate::event_loop::Registrar;
 use crate::machine::Machine;
 
-/// What comes with [`Request::Build`], in the order of its descriptors.
+/// What a machine begins with.
+pub enum Beginning {
+    /// Its kernel: [`Request::Build`].
+    Kernel(File),
+    /// Its kernel, and a file for its memory: [`Request::BuildTemplate`].
+    Template {
+        /// The guest's kernel.
+        kernel: File,
+        /// What becomes the guest's memory.
+        memory: File,
+    },
+    /// What another one has left: [`Request::Restore`].
+    Saved {
+        /// Its state.
+        state: File,
+        /// Its memory.
+        memory: File,
+    },
+}
+
+/// What comes with the first request.
 pub struct Resources {
     /// `/dev/kvm`.
     pub kvm: OwnedFd,
-    /// The guest's kernel.
-    pub kernel: File,
+    /// Where it begins.
+    pub beginning: Beginning,
     /// The guest's root filesystem.
     pub image: File,
     /// The directory that virtio-fs shares.
@@ -91,14 +111,28 @@ impl Control {
     /// The shim has ended, or sends something else.
     pub fn receive_build(&self) -> Result<(u64, VmConfig, Resources)> {
         let (message, fds) = receive(&self.socket).map_err(Error::Control)?;
-        let Message::Request { id, body: Request::Build(config) } = message else {
+        let Message::Request { id, body: request } = message else {
             return Err(Error::FirstRequest);
         };
-        let [kvm, kernel, image, share, console] = <[OwnedFd; 5]>::try_from(fds).map_err(|fds| {
-            Error::Descriptors { operation: "build the machine", expected: 5, received: fds.len() }
-        })?;
-        let resources = Resources { kvm, kernel: kernel.into(), image: image.into(), share, console };
-        Ok((id, config, resources))
+        let operation = request.name();
+        let (config, kvm, beginning, image, share, console) = match request {
+            Request::Build(config) => {
+                let [kvm, kernel, image, share, console] = all(operation, fds)?;
+                (config, kvm, Beginning::Kernel(kernel.into()), image, share, console)
+            }
+            Request::BuildTemplate(config) => {
+                let [kvm, kernel, image, share, console, memory] = all(operation, fds)?;
+                let beginning = Beginning::Template { kernel: kernel.into(), memory: memory.into() };
+                (config, kvm, beginning, image, share, console)
+            }
+            Request::Restore(config) => {
+                let [kvm, state, memory, image, share, console] = all(operation, fds)?;
+                let beginning = Beginning::Saved { state: state.into(), memory: memory.into() };
+                (config, kvm, beginning, image, share, console)
+            }
+            _ => return Err(Error::FirstRequest),
+        };
+        Ok((id, config, Resources { kvm, beginning, image: image.into(), share, console }))
     }
 
     /// Makes the socket part of the event loop.
@@ -170,9 +204,12 @@ impl Control {
         fds: Vec<OwnedFd>,
     ) -> Result<Verdict> {
         let outcome = match *request {
-            Request::Build(_) => Err(Error::BuiltTwice),
+            Request::Build(_) | Request::BuildTemplate(_) | Request::Restore(_) => Err(Error::BuiltTwice),
             Request::Resume => machine.resume(),
             Request::Pause => machine.pause(),
+            // In another process there is a filter that ends it at the first call for it.
+            Request::Save if !machine.is_template() => Err(Error::NotATemplate),
+            Request::Save => only(request.name(), fds).and_then(|file| machine.save()?.write(file.into())),
             Request::VsockConnect { port } => match only(request.name(), fds) {
                 Ok(stream) => {
                     let sender = self.sender.clone();
@@ -289,9 +326,14 @@ fn reply(id: u64, outcome: std::result::Result<(), String>) -> Message {
 
 /// The one descriptor that a request has to carry.
 fn only(operation: &'static str, fds: Vec<OwnedFd>) -> Result<OwnedFd> {
-    <[OwnedFd; 1]>::try_from(fds).map(|[fd]| fd).map_err(|fds| Error::Descriptors {
+    all(operation, fds).map(|[fd]| fd)
+}
+
+/// All the descriptors that a request has to carry.
+fn all<const EXPECTED: usize>(operation: &'static str, fds: Vec<OwnedFd>) -> Result<[OwnedFd; EXPECTED]> {
+    fds.try_into().map_err(|fds: Vec<_>| Error::Descriptors {
         operation,
-        expected: 1,
+        expected: EXPECTED,
         received: fds.len(),
     })
 }
@@ -299,6 +341,8 @@ fn only(operation: &'static str, fds: Vec<OwnedFd>) -> Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeMap;
+
     use mayu_vmm_api::Event::VsockAccepted;
     use mayu_vmm_api::RateLimit;
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -378,6 +422,7 @@ mod tests {
             uid: 1000,
             net_limit: RateLimit::default(),
             block_limit: RateLimit::default(),
+            made_of: BTreeMap::new(),
         };
         let build = Message::Request { id: 1, body: Request::Build(config) };
         send(&shim, &Message::Request { id: 1, body: Request::Resume }, &[]).unwrap();

@@ -163,6 +163,17 @@ pub enum Error {
         /// The reason.
         source: vm_memory::mmap::FromRangesError,
     },
+    /// The file that guest memory is to come from could not be used.
+    #[error("cannot use the file of the guest's memory: {0}")]
+    MemoryFile(#[source] io::Error),
+    /// The file that guest memory is to come from is not as large as that.
+    #[error("the file of the guest's memory has {found} bytes, not {expected}")]
+    MemoryFileSize {
+        /// How many it has.
+        found: u64,
+        /// How many the guest has.
+        expected: u64,
+    },
     /// Something could not be written to guest memory.
     #[error("cannot write to guest memory: {0}")]
     WriteGuest(#[source] vm_memory::GuestMemoryError),
@@ -288,6 +299,33 @@ pub enum Error {
         /// virtio devices in the state.
         devices: usize,
     },
+    /// The file of a saved machine could not be read or written.
+    #[error("cannot {operation} the state of a machine: {source}")]
+    SnapshotFile {
+        /// What was being done with it.
+        operation: &'static str,
+        /// The reason.
+        source: io::Error,
+    },
+    /// The file of a saved machine is damaged, or was never one.
+    #[error("the state of a machine cannot be used: {problem}")]
+    DamagedSnapshot {
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A machine was saved that is another one.
+    #[error("the machine was saved with another {what}: {saved}, not {here}")]
+    OtherSnapshot {
+        /// What differs.
+        what: String,
+        /// What it was when the machine was saved.
+        saved: String,
+        /// What it is now.
+        here: String,
+    },
+    /// The machine is one that runs pods.
+    #[error("only a machine that was built as a template can be saved")]
+    NotATemplate,
     /// The machine would have too many vCPUs, or none.
     #[error("{vcpus} vCPUs are not possible: 1 to {} are", mayu_vmm_api::MAX_VCPUS)]
     VcpuCount {

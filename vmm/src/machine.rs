@@ -1,13 +1,13 @@
 //! A built machine: what can be done with it while it lives.
 
 use std::fs::File;
-use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use mayu_vmm_api::{ExitReason, Status};
+use mayu_vmm_api::{ExitReason, Status, VmConfig};
 
+use crate::arch::cpuid::processor;
 use crate::bus::{Bus, SharedTransport, lock};
 use crate::devices::serial::SerialState;
 use crate::devices::virtio::block::BlockSlot;
@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::event_loop::Registrar;
 use crate::kvm::Vm;
 use crate::memory;
-use crate::snapshot::MachineState;
+use crate::snapshot::{MachineState, Snapshot};
 use crate::vcpu::{ExitReceiver, Vcpus};
 
 /// One virtual machine with its devices. Dropping it stops the vCPUs first.
@@ -35,11 +35,13 @@ pub struct Machine {
     pub(crate) entered: Arc<OnceLock<Instant>>,
     pub(crate) started: Instant,
     pub(crate) running: bool,
+    /// Whether its memory is a file's.
+    pub(crate) is_template: bool,
     /// Dropped after `vm`, which uses it.
     pub(crate) memory: GuestMemory,
-    /// How much of it there is at least and at most.
-    pub(crate) memory_mib: RangeInclusive<u32>,
-    /// What makes the difference, if there is one.
+    /// What it was built from.
+    pub(crate) config: VmConfig,
+    /// Where its memory grows, if it can.
     pub(crate) growth: Option<MemHandle>,
 }
 
@@ -76,20 +78,26 @@ impl Machine {
         Ok(())
     }
 
+    /// Whether its memory is a file's.
+    pub fn is_template(&self) -> bool {
+        self.is_template
+    }
+
     /// Reads everything that the machine is, but its memory.
     ///
     /// # Errors
     /// It runs, or KVM refuses.
-    pub fn save(&mut self) -> Result<MachineState> {
+    pub fn save(&mut self) -> Result<Snapshot> {
         if self.running {
             return Err(Error::Running(true));
         }
-        Ok(MachineState {
+        let state = MachineState {
             vcpus: self.vcpus.save(self.vm.msrs_to_save()?)?,
             vm: self.vm.save()?,
             serial: SerialState::save(&self.bus.serial()),
             devices: self.bus.virtio().iter().map(|device| lock(device).save()).collect(),
-        })
+        };
+        Ok(Snapshot::new(self.config.clone(), processor(&self.vm.supported_cpuid()?), state))
     }
 
     /// The guest's memory.
@@ -132,8 +140,8 @@ impl Machine {
     /// # Errors
     /// The machine cannot have so much or so little, or the host has less in all.
     pub fn resize_memory(&self, mib: u32) -> Result<()> {
-        let (least, most) = (*self.memory_mib.start(), *self.memory_mib.end());
-        if !self.memory_mib.contains(&mib) {
+        let (least, most) = (self.config.memory_mib, self.config.max_memory_mib);
+        if !(least..=most).contains(&mib) {
             return Err(Error::ResizeMemory { mib, least, most });
         }
         memory::check_host(mib)?;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use landlock::RulesetStatus;
 use mayu_vmm::builder::{self, FIRST_DEVICE, Parts, SHARE_TAG};
-use mayu_vmm::control::{Control, Resources, Verdict};
+use mayu_vmm::control::{Beginning, Control, Resources, Verdict};
 use mayu_vmm::devices::virtio::fs::Fs;
 use mayu_vmm::error::Result;
 use mayu_vmm::event_loop::EventLoop;
@@ -13,6 +13,7 @@ use mayu_vmm::jail::{self, Side};
 use mayu_vmm::log::{self, RateLimit};
 use mayu_vmm::machine::Machine;
 use mayu_vmm::seccomp::{Confinement, Kind};
+use mayu_vmm::snapshot::Snapshot;
 use mayu_vmm_api::{Event, ExitReason, VmConfig};
 use slog::{Logger, error, info, o, warn};
 
@@ -89,7 +90,11 @@ fn prepare(
         Side::Inside { landlock } => landlock,
     };
     jail::bound_memory(config.max_memory_mib)?;
-    let confinement = Confinement::seccomp()?;
+    let confinement = match resources.beginning {
+        // It runs nobody's code, and makes calls to be saved that no other has to make.
+        Beginning::Template { .. } => Confinement::none(),
+        Beginning::Kernel(_) | Beginning::Saved { .. } => Confinement::seccomp()?,
+    };
     let fs = Fs::new(SHARE_TAG, jail::SHARE.as_ref(), &confinement)?;
     jail::drop_capabilities()?;
     let parts = Parts {
@@ -101,7 +106,15 @@ fn prepare(
         started,
         confinement: confinement.clone(),
     };
-    let machine = builder::build(config, resources.kernel, parts, events)?;
+    let machine = match resources.beginning {
+        Beginning::Kernel(kernel) => builder::build(config, kernel, None, parts, events)?,
+        Beginning::Template { kernel, memory } => {
+            builder::build(config, kernel, Some(&memory), parts, events)?
+        }
+        Beginning::Saved { state, memory } => {
+            builder::restore(config, &Snapshot::read(state)?, &memory, parts, events)?
+        }
+    };
     confinement.enter(Kind::EventLoop)?;
     Ok(Some((machine, landlock)))
 }

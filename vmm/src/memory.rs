@@ -1,7 +1,11 @@
 //! Guest memory.
 
+use std::fs::File;
+
+use libc::{MAP_ANONYMOUS, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE};
 use mayu_vmm_api::{MAX_MEMORY_MIB, MIN_MEMORY_MIB};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::mmap::{FromRangesError, MmapRegion};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::arch::layout;
 use crate::error::{Error, Result};
@@ -30,13 +34,32 @@ pub fn pluggable(mib: u32, max_mib: u32) -> Option<Pluggable> {
     })
 }
 
-/// Maps `mib` MiB of anonymous private memory, and what may be plugged in later, up to `max_mib` in all. The host reserves
-/// none of it (`MAP_NORESERVE`): a page costs something only once the guest has touched it.
+/// Where the memory that a guest boots with comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum Backing<'a> {
+    /// It starts as zero.
+    Anonymous,
+    /// It is that of a file, which has the guest's memory when the guest is gone.
+    File(&'a File),
+    /// It starts as a file is, which stays as it is: a page is copied when the guest writes to it, and shared until then.
+    CopyOf(&'a File),
+}
+
+/// Maps `mib` MiB of anonymous private memory, and what may be plugged in later, up to `max_mib` in all.
 ///
 /// # Errors
-/// The sizes are not ones that a machine may have, the host has less memory in all than `mib`, or no address space is
-/// left.
+/// As [`map`].
 pub fn allocate(mib: u32, max_mib: u32) -> Result<GuestMemoryMmap> {
+    map(mib, max_mib, Backing::Anonymous)
+}
+
+/// Maps `mib` MiB of memory, and what may be plugged in later, up to `max_mib` in all. That is anonymous, whatever the other is. The
+/// host reserves none of it (`MAP_NORESERVE`): a page costs something only once the guest has touched it.
+///
+/// # Errors
+/// The sizes are not ones that a machine may have, a file has another, the host has less memory in all than `mib`, or no address
+/// space is left.
+pub fn map(mib: u32, max_mib: u32, backing: Backing<'_>) -> Result<GuestMemoryMmap> {
     if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&mib) {
         return Err(Error::MemorySize { mib });
     }
@@ -44,13 +67,43 @@ pub fn allocate(mib: u32, max_mib: u32) -> Result<GuestMemoryMmap> {
         return Err(Error::MaxMemory { mib, max_mib });
     }
     check_host(mib)?;
-    let plugged_later = pluggable(mib, max_mib).map(|region| (region.start, region.size));
-    let ranges: Vec<_> = layout::ram_ranges(u64::from(mib) << 20)
-        .into_iter()
-        .chain(plugged_later)
-        .map(|(start, size)| (start, size as usize))
-        .collect();
-    GuestMemoryMmap::from_ranges(&ranges).map_err(|source| Error::MapMemory { mib: max_mib, source })
+    let size = u64::from(mib) << 20;
+    let (file, sharing) = match backing {
+        Backing::Anonymous => (None, MAP_PRIVATE | MAP_ANONYMOUS),
+        Backing::File(file) => (Some(file), MAP_SHARED),
+        Backing::CopyOf(file) => (Some(file), MAP_PRIVATE),
+    };
+    if let Some(file) = file {
+        let found = file.metadata().map_err(Error::MemoryFile)?.len();
+        if found != size {
+            return Err(Error::MemoryFileSize { found, expected: size });
+        }
+    }
+    let part = |offset| {
+        let file = file.map(File::try_clone).transpose()?;
+        Ok(file.map(|file| FileOffset::new(file, offset)))
+    };
+    let mut offset = 0;
+    let mut parts = Vec::new();
+    for (start, size) in layout::ram_ranges(size) {
+        parts.push((start, size, part(offset).map_err(Error::MemoryFile)?, sharing));
+        offset += size;
+    }
+    let plugged_later = pluggable(mib, max_mib);
+    parts.extend(plugged_later.map(|region| (region.start, region.size, None, MAP_PRIVATE | MAP_ANONYMOUS)));
+    map_all(parts).map_err(|source| Error::MapMemory { mib: max_mib, source })
+}
+
+/// Maps parts of guest memory: where they are, their size in bytes, their file, and mmap's flags.
+fn map_all(
+    parts: Vec<(GuestAddress, u64, Option<FileOffset>, i32)>,
+) -> std::result::Result<GuestMemoryMmap, FromRangesError> {
+    let mut regions = Vec::with_capacity(parts.len());
+    for (start, size, file, flags) in parts {
+        let mapping = MmapRegion::build(file, size as usize, PROT_READ | PROT_WRITE, MAP_NORESERVE | flags)?;
+        regions.push(GuestRegionMmap::new(mapping, start).ok_or(FromRangesError::InvalidGuestRegion)?);
+    }
+    Ok(GuestMemoryMmap::from_regions(regions)?)
 }
 
 /// Refuses more memory than the host has in all.

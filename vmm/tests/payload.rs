@@ -56,7 +56,7 @@ impl Guest {
             started: Instant::now(),
             confinement: Confinement::none(),
         };
-        let machine = builder::build(config, elf(code), parts, &events).unwrap();
+        let machine = builder::build(config, elf(code), None, parts, &events).unwrap();
         machine.watch_exits(&events.registrar(1)).unwrap();
         Some(Self { machine, events, console: console.into() })
     }
@@ -118,7 +118,7 @@ fn a_paused_machine_stands_still_and_goes_on() {
     assert_eq!(machine.resume().unwrap_err().to_string(), "the vCPUs are running");
     assert!(machine.save().is_err());
     let first = count_until_it_grows(&mut machine, 0);
-    assert_eq!(count(&machine.save().unwrap()), first);
+    assert_eq!(count(&machine.save().unwrap().machine), first);
     machine.resume().unwrap();
     assert!(count_until_it_grows(&mut machine, first) > first);
 }
@@ -128,7 +128,7 @@ fn a_paused_machine_stands_still_and_goes_on() {
 fn count_until_it_grows(machine: &mut Machine, than: u64) -> u64 {
     loop {
         machine.pause().unwrap();
-        let count = count(&machine.save().unwrap());
+        let count = count(&machine.save().unwrap().machine);
         if count > than {
             return count;
         }
@@ -145,7 +145,7 @@ fn a_saved_vcpu_is_the_same_after_its_restoration() {
     let Some(Guest { mut machine, .. }) = Guest::build(&COUNT_FOREVER, &config()) else { return };
     machine.resume().unwrap();
     count_until_it_grows(&mut machine, 0);
-    let saved = serde_json::to_string(&machine.save().unwrap()).unwrap();
+    let saved = serde_json::to_string(&machine.save().unwrap().machine).unwrap();
     let saved: MachineState = serde_json::from_str(&saved).unwrap();
 
     let vm = Vm::new(open_kvm()).unwrap();

@@ -20,20 +20,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
 use support::payload::{COUNT_FOREVER, RESET, elf, print};
-use support::{PATIENCE, Vmm, config, no_kvm, skip};
-
-/// Why the process cannot be started here, if it cannot: it needs to be root to confine itself.
-fn unable() -> bool {
-    let root = nix::unistd::geteuid().is_root();
-    let reason = no_kvm().or((!root).then(|| "needs root".to_owned()));
-    reason.inspect(|reason| skip(reason)).is_some()
-}
-
-fn image() -> File {
-    let image = tempfile::tempfile().unwrap();
-    image.set_len(4096).unwrap();
-    image
-}
+use support::{PATIENCE, Vmm, config, image, skip, unable};
 
 fn build(config: VmConfig, kernel: &File) -> (Vmm, Result<(), String>) {
     Vmm::build(config, kernel, &image(), tempfile::tempdir().unwrap().path())

@@ -1,5 +1,6 @@
 //! From a blueprint to a guest whose agent answers.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -136,6 +137,7 @@ fn machine(blueprint: &Blueprint, interfaces: usize, uid: u32) -> Result<VmConfi
         uid,
         net_limit: limits.net(),
         block_limit: limits.block(),
+        made_of: BTreeMap::new(),
     })
 }
 

@@ -132,4 +132,4 @@ fn seeds() -> Vec<Vec<u8>> {
 const CONFIG: &str = r#"{"sandbox_id": "pod", "vcpus": 1, "max_vcpus": 4, "memory_mib": 256, "max_memory_mib": 4096,
     "net_slots": 1, "guest_cid": 3, "kernel_args": "quiet", "host_ports": [1024], "uid": 64646,
     "net_limit": {"bandwidth": 1000, "operations": null, "burst_ms": 1000},
-    "block_limit": {"bandwidth": null, "operations": 7, "burst_ms": 1}}"#;
+    "block_limit": {"bandwidth": null, "operations": 7, "burst_ms": 1}, "made_of": {"kernel": "6.12"}}"#;

@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 
 use serde::{Deserialize, Serialize};
@@ -28,7 +29,7 @@ pub fn net_slot_address(slot: u8) -> [u8; 6] {
 
 /// The description of one machine.
 ///
-/// `Request::Build` carries it with five descriptors, in this order: `/dev/kvm`, the guest kernel, the guest
+/// [`Request::Build`] carries it with five descriptors, in this order: `/dev/kvm`, the guest kernel, the guest
 /// image (both read-only), the directory that virtio-fs shares (`O_PATH`), and the console (write end of a pipe).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -60,6 +61,9 @@ pub struct VmConfig {
     pub net_limit: RateLimit,
     /// What each block slot may read and write together. The guest image has no limit.
     pub block_limit: RateLimit,
+    /// What the machine is made of, by name: the identity of its kernel, of its image, ... Nothing is done with it but this:
+    /// [`Request::Restore`] refuses a machine that was made of something else, and names that.
+    pub made_of: BTreeMap<String, String>,
 }
 
 /// What may go through a device in a second. The default is no limit.
@@ -80,6 +84,16 @@ pub struct RateLimit {
 pub enum Request {
     /// Confine the process and build the machine with its vCPUs paused. Legal once.
     Build(VmConfig),
+    /// As [`Request::Build`], to be saved. The guest's memory is that of a sixth descriptor, a file of
+    /// [`VmConfig::memory_mib`] that can be written. No pod's code may ever run in such a machine: its process makes system
+    /// calls for saving that no other may make, and has no filter.
+    BuildTemplate(VmConfig),
+    /// As [`Request::Build`], where a machine with the same description was saved. Its descriptors are `/dev/kvm`, the file that
+    /// [`Request::Save`] has written, the memory of that machine, image, share and console. Any number of machines can be
+    /// restored at once: none of them writes to either file.
+    Restore(VmConfig),
+    /// Write the state of a template that is paused, all but its memory, to the attached file, which is empty.
+    Save,
     /// Let the vCPUs run.
     Resume,
     /// Stop the vCPUs at an instruction boundary and the devices between two requests.
@@ -127,6 +141,9 @@ impl Request {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Build(_) => "build the machine",
+            Self::BuildTemplate(_) => "build a template",
+            Self::Restore(_) => "restore the machine",
+            Self::Save => "save the machine",
             Self::Resume => "resume the vCPUs",
             Self::Pause => "pause the vCPUs",
             Self::VsockConnect { .. } => "connect to a vsock port of the guest",
@@ -165,7 +182,7 @@ pub struct Status {
     /// Memory that the guest uses beyond what it has booted with, in MiB.
     pub plugged_mib: u32,
     /// Requests that a device refused because the driver broke the protocol, per device name.
-    pub device_errors: std::collections::BTreeMap<String, u64>,
+    pub device_errors: BTreeMap<String, u64>,
 }
 
 /// What the VMM tells without being asked.

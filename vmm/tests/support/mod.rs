@@ -4,15 +4,16 @@
 
 pub mod payload;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mayu_vmm_api::{
     CONTROL_FD, Event, ExitReason, Message, RateLimit, Reply, Request, VmConfig, receive, send,
@@ -32,6 +33,20 @@ pub fn skip(reason: &str) {
 pub fn no_kvm() -> Option<String> {
     let error = File::options().read(true).write(true).open("/dev/kvm").err()?;
     Some(format!("needs KVM: /dev/kvm: {error}"))
+}
+
+/// Why a process cannot be started here, if it cannot: it needs to be root to confine itself.
+pub fn unable() -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    let reason = no_kvm().or((!root).then(|| "needs root".to_owned()));
+    reason.inspect(|reason| skip(reason)).is_some()
+}
+
+/// An image of one page, with nothing on it.
+pub fn image() -> File {
+    let image = tempfile::tempfile().unwrap();
+    image.set_len(4096).unwrap();
+    image
 }
 
 /// A file named by an environment variable.
@@ -88,7 +103,15 @@ pub fn config() -> VmConfig {
         uid: 65_534,
         net_limit: RateLimit::default(),
         block_limit: RateLimit::default(),
+        made_of: BTreeMap::new(),
     }
+}
+
+/// A file that may become the memory of a machine.
+pub fn memory_file(config: &VmConfig) -> File {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(u64::from(config.memory_mib) << 20).unwrap();
+    file
 }
 
 /// A running `mayu-vmm`, which dies with this value.
@@ -105,12 +128,25 @@ pub struct Vmm {
 impl Vmm {
     /// Starts it, and has it build a machine. An error is the VMM's own.
     pub fn build(config: VmConfig, kernel: &File, image: &File, share: &Path) -> (Self, Result<(), String>) {
+        Self::begin(Request::Build(config), [kernel, image], share, &[])
+    }
+
+    /// Starts it, with the descriptors of the first request: `/dev/kvm` and `files`, for [`Request::Restore`] then those of
+    /// `extra`, the share and the console, for others then those of `extra`.
+    pub fn begin(
+        request: Request,
+        files: [&File; 2],
+        share: &Path,
+        extra: &[BorrowedFd<'_>],
+    ) -> (Self, Result<(), String>) {
         let (console_reader, console) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
         let mut vmm = Self::spawn(console_reader.into());
         let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
         let share = File::open(share).unwrap();
-        let fds = [kvm.as_fd(), kernel.as_fd(), image.as_fd(), share.as_fd(), console.as_fd()];
-        let id = vmm.send(Request::Build(config), &fds);
+        let mut fds = vec![kvm.as_fd(), files[0].as_fd(), files[1].as_fd(), share.as_fd(), console.as_fd()];
+        let place = if matches!(request, Request::Restore(_)) { 3 } else { fds.len() };
+        fds.splice(place..place, extra.iter().copied());
+        let id = vmm.send(request, &fds);
         drop(console);
         let outcome = vmm.reply(id);
         (vmm, outcome)
@@ -149,6 +185,15 @@ impl Vmm {
     /// What the guest has printed so far.
     pub fn console(&self) -> String {
         String::from_utf8_lossy(&self.console.lock().unwrap()).into_owned()
+    }
+
+    /// Waits until the guest has printed something.
+    pub fn wait_for_console(&self, text: &str) {
+        let started = Instant::now();
+        while !self.console().contains(text) {
+            assert!(started.elapsed() < PATIENCE, "{text:?} is not in {:?}", self.console());
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// What the guest has printed, once it is gone.
@@ -229,7 +274,7 @@ impl Vmm {
         }
     }
 
-    fn send(&mut self, body: Request, fds: &[std::os::fd::BorrowedFd<'_>]) -> u64 {
+    fn send(&mut self, body: Request, fds: &[BorrowedFd<'_>]) -> u64 {
         let id = self.next_id;
         self.next_id += 1;
         send(&self.socket, &Message::Request { id, body }, fds).unwrap();

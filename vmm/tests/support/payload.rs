@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io::{Seek as _, Write as _};
 
+use mayu_vmm::arch::layout::{PDPT, VIRTIO_MMIO, virtio_address};
+
 /// Where the code is linked: at the least address that a kernel may have.
 const LOAD_ADDRESS: u64 = 0x10_0000;
 
@@ -18,6 +20,26 @@ pub const RESET: [u8; 4] = [0xb0, 0xfe, 0xe6, 0x64];
 
 /// `inc rbx; jmp` to the former.
 pub const COUNT_FOREVER: [u8; 5] = [0x48, 0xff, 0xc3, 0xeb, 0xfb];
+
+/// Waits until block slot 0 has a disk of less than 2 TiB: until the first word of its device's configuration, its capacity, is
+/// not zero. It maps the devices' registers first, which the tables that a kernel begins with do not.
+pub fn wait_for_disk() -> Vec<u8> {
+    // A page directory of its own, in memory that is zero, for the fourth GiB; in it the 2 MiB of the devices.
+    const DIRECTORY: u32 = 0x1_0000;
+    const FOURTH_GIB: u32 = PDPT.0 as u32 + 3 * 8;
+    const DEVICES: u32 = DIRECTORY + ((VIRTIO_MMIO as u32) - 0xc000_0000) / (2 << 20) * 8;
+    const CAPACITY: u64 = virtio_address(1) + 0x100;
+    let mut code = Vec::new();
+    // Present, writable; and for the second a large page that is not cached.
+    for (address, entry) in [(FOURTH_GIB, DIRECTORY | 0x3), (DEVICES, VIRTIO_MMIO as u32 | 0x93)] {
+        // `mov eax, entry; mov [address], rax`
+        code.extend([&[0xb8], entry.to_le_bytes().as_slice()].concat());
+        code.extend([&[0x48, 0x89, 0x04, 0x25], address.to_le_bytes().as_slice()].concat());
+    }
+    // `mov eax, [CAPACITY]; test eax, eax; jz` to the former.
+    code.extend([&[0xa1], CAPACITY.to_le_bytes().as_slice(), &[0x85, 0xc0, 0x74, 0xf3]].concat());
+    code
+}
 
 /// An ELF file that is one segment of code.
 pub fn elf(code: &[u8]) -> File {

@@ -16,10 +16,13 @@ mod leaf {
     pub const STRUCTURED_FEATURES: u32 = 0x7;
     pub const PERFORMANCE: u32 = 0xa;
     pub const TOPOLOGY: u32 = 0xb;
+    pub const EXTENDED_STATE: u32 = 0xd;
     pub const SGX: u32 = 0x12;
     pub const PROCESSOR_TRACE: u32 = 0x14;
     pub const TOPOLOGY_V2: u32 = 0x1f;
     pub const EXTENDED_FEATURES: u32 = 0x8000_0001;
+    pub const NAME: u32 = 0x8000_0002;
+    pub const NAME_END: u32 = 0x8000_0004;
     pub const EXTENDED_SIZES: u32 = 0x8000_0008;
     pub const SVM: u32 = 0x8000_000a;
     pub const AMD_CACHES: u32 = 0x8000_001d;
@@ -53,6 +56,41 @@ const LEVEL_CORE: u32 = 2 << 8;
 
 /// Leaf 4 EAX holds "how many share it, minus one" in bits 14 to 25 and the cores in bits 26 to 31.
 const CACHE_LEVEL_3: u32 = 3;
+
+/// A processor's name, and what tells it from others of that name: family, model and stepping, and a checksum of the features
+/// that KVM supports on it. A guest that was saved with other features would be surprised.
+pub fn processor(supported: &CpuId) -> String {
+    let mut name = Vec::new();
+    let mut signature = 0;
+    let mut features = crc32fast::Hasher::new();
+    for entry in supported.as_slice() {
+        let kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, .. } = *entry;
+        let numbers = match function {
+            leaf::NAME..=leaf::NAME_END => {
+                name.extend([eax, ebx, ecx, edx].map(u32::to_le_bytes).concat());
+                continue;
+            }
+            leaf::FEATURES => {
+                signature = eax;
+                // The others differ from core to core.
+                [ecx, edx, 0, 0]
+            }
+            leaf::STRUCTURED_FEATURES | leaf::EXTENDED_STATE | leaf::EXTENDED_FEATURES => {
+                [eax, ebx, ecx, edx]
+            }
+            _ => continue,
+        };
+        features.update(
+            &[[function, index].as_slice(), &numbers]
+                .concat()
+                .iter()
+                .flat_map(|n| n.to_le_bytes())
+                .collect::<Vec<_>>(),
+        );
+    }
+    let name = String::from_utf8_lossy(&name);
+    format!("{} ({signature:#x}, features {:#x})", name.trim_matches(['\0', ' ']), features.finalize())
+}
 
 /// The CPUID of every vCPU of a machine.
 pub struct CpuidTemplate {

@@ -256,7 +256,6 @@ pub trait VirtioDevice: Send {
 
 /// The state of one device, without its queues.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "device", rename_all = "kebab-case")]
 pub enum DeviceState {
     /// See [`block::BlockState`].
     Block(block::BlockState),

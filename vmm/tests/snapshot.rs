@@ -1,0 +1,170 @@
+//! A machine that is saved, and others that go on from there, each in a process of its own.
+
+#![allow(clippy::panic, clippy::unwrap_used)]
+
+mod support;
+
+use std::fs::{self, File};
+use std::io::{Read as _, Seek as _, Write as _};
+use std::os::fd::AsFd as _;
+use std::path::Path;
+
+use mayu_vmm::snapshot::Snapshot;
+use mayu_vmm_api::{ExitReason, Request, VmConfig};
+use support::payload::{COUNT_FOREVER, RESET, elf, print, wait_for_disk};
+use support::{Vmm, config, image, memory_file, unable};
+
+/// What a saved machine consists of.
+struct Saved {
+    state: tempfile::NamedTempFile,
+    memory: File,
+}
+
+impl Saved {
+    /// A guest that has said "first" and says "second" once it has a disk.
+    fn midway() -> Self {
+        let guest = elf(&[print("first\n"), wait_for_disk(), print("second\n"), RESET.to_vec()].concat());
+        let state = tempfile::NamedTempFile::new().unwrap();
+        let memory = memory_file(&config());
+        let share = tempfile::tempdir().unwrap();
+        let extra = [memory.as_fd()];
+        let (mut vmm, outcome) =
+            Vmm::begin(Request::BuildTemplate(described()), [&guest, &image()], share.path(), &extra);
+        outcome.unwrap();
+        vmm.request(Request::Resume, &[]).unwrap();
+        vmm.wait_for_console("first\n");
+        vmm.request(Request::Pause, &[]).unwrap();
+        let file = state.reopen().unwrap();
+        vmm.request(Request::Save, &[file.into()]).unwrap();
+        vmm.request(Request::Shutdown, &[]).unwrap();
+        assert_eq!(vmm.exit(), ExitReason::Requested);
+        assert_eq!(vmm.whole_console(), "first\n");
+        Self { state, memory }
+    }
+
+    fn restore(&self, config: VmConfig, share: &Path) -> (Vmm, Result<(), String>) {
+        let state = self.state.reopen().unwrap();
+        Vmm::begin(Request::Restore(config), [&state, &self.memory], share, &[image().as_fd()])
+    }
+
+    /// Why a machine with this description cannot go on from here.
+    fn refusal(&self, config: VmConfig) -> String {
+        let share = tempfile::tempdir().unwrap();
+        let (mut vmm, outcome) = self.restore(config, share.path());
+        vmm.wait_for_end();
+        outcome.unwrap_err()
+    }
+
+    fn memory(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        (&self.memory).rewind().unwrap();
+        (&self.memory).read_to_end(&mut bytes).unwrap();
+        bytes
+    }
+}
+
+fn described() -> VmConfig {
+    VmConfig { made_of: [("kernel".to_owned(), "of today".to_owned())].into(), ..config() }
+}
+
+#[test]
+fn any_number_of_machines_go_on_from_where_one_was_saved() {
+    if unable() {
+        return;
+    }
+    let saved = Saved::midway();
+    let memory = saved.memory();
+    let share = tempfile::tempdir().unwrap();
+    let mut machines: Vec<_> = (0..3)
+        .map(|number| {
+            let of_pod =
+                VmConfig { sandbox_id: format!("pod-{number}"), uid: 65_000 + number, ..described() };
+            let (mut vmm, outcome) = saved.restore(of_pod, share.path());
+            outcome.unwrap();
+            vmm.request(Request::Resume, &[]).unwrap();
+            vmm
+        })
+        .collect();
+    for vmm in &mut machines {
+        let disk = image().into();
+        vmm.request(Request::AttachBlock { slot: 0, read_only: true }, &[disk]).unwrap();
+        assert_eq!(vmm.exit(), ExitReason::GuestReset);
+        assert_eq!(vmm.whole_console(), "second\n");
+    }
+    assert!(saved.memory() == memory, "what they have written is their own");
+}
+
+#[test]
+fn what_is_not_the_same_is_named() {
+    if unable() {
+        return;
+    }
+    let saved = Saved::midway();
+    let of = |name: &str, value: &str| [(name.to_owned(), value.to_owned())].into();
+    for (config, expected) in [
+        (VmConfig { vcpus: 1, max_vcpus: 2, ..described() }, "number of vCPUs: 1, not 2"),
+        (VmConfig { max_memory_mib: 128, ..described() }, "size of memory, in MiB: 64, not 128"),
+        (VmConfig { net_slots: 2, ..described() }, "network slots: 1, not 2"),
+        (VmConfig { guest_cid: 4, ..described() }, "context id: 3, not 4"),
+        (VmConfig { kernel_args: "quiet".into(), ..described() }, "command line: , not quiet"),
+        (
+            VmConfig { made_of: of("kernel", "of tomorrow"), ..described() },
+            "kernel: of today, not of tomorrow",
+        ),
+        (VmConfig { made_of: of("image", "a"), ..described() }, "kernel: of today, not "),
+        (
+            VmConfig { memory_mib: 65, max_memory_mib: 65, ..described() },
+            "memory at boot, in MiB: 64, not 65",
+        ),
+    ] {
+        let refusal = saved.refusal(config);
+        assert!(refusal.contains(expected), "{refusal:?} does not say {expected:?}");
+    }
+}
+
+#[test]
+fn a_state_that_is_damaged_and_a_memory_that_is_cut_are_refused() {
+    if unable() {
+        return;
+    }
+    let saved = Saved::midway();
+    let whole = fs::read(saved.state.path()).unwrap();
+    let read = |bytes: &[u8]| {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(bytes).unwrap();
+        file.rewind().unwrap();
+        Snapshot::read(file)
+    };
+    assert!(read(&whole).is_ok());
+    for (index, _) in whole.iter().enumerate() {
+        let mut damaged = whole.clone();
+        damaged[index] ^= 1 << (index % 8);
+        let error = read(&damaged).unwrap_err().to_string();
+        assert!(error.contains("cannot be used"), "byte {index}: {error}");
+    }
+    for length in [0, 1, 23, 24, whole.len() - 1] {
+        assert!(read(&whole[..length]).is_err(), "{length} bytes");
+    }
+    assert!(read(&[whole.as_slice(), b"x"].concat()).is_err());
+
+    fs::write(saved.state.path(), &whole[..100]).unwrap();
+    assert!(saved.refusal(described()).contains("cannot be used"));
+    fs::write(saved.state.path(), &whole).unwrap();
+    saved.memory.set_len(4096).unwrap();
+    assert!(saved.refusal(described()).contains("4096 bytes, not 67108864"));
+}
+
+#[test]
+fn a_machine_that_runs_pods_cannot_be_saved() {
+    if unable() {
+        return;
+    }
+    let share = tempfile::tempdir().unwrap();
+    let (mut vmm, outcome) = Vmm::build(config(), &elf(&COUNT_FOREVER), &image(), share.path());
+    outcome.unwrap();
+    let state = tempfile::tempfile().unwrap();
+    let refusal = vmm.request(Request::Save, &[state.into()]).unwrap_err();
+    assert!(refusal.contains("as a template"), "{refusal}");
+    let outcome = vmm.request(Request::Restore(config()), &[]);
+    assert!(outcome.unwrap_err().contains("built already"));
+}
