@@ -70,8 +70,7 @@ impl Snapshot {
     pub fn write(&self, mut file: File) -> Result<()> {
         let failed = |source| Error::SnapshotFile { operation: "write", source };
         let body = postcard::to_stdvec(self).map_err(|error| failed(std::io::Error::other(error)))?;
-        let mut whole = Vec::with_capacity(HEADER + body.len());
-        whole.extend(MAGIC);
+        let mut whole = MAGIC.to_vec();
         whole.extend(VERSION.to_le_bytes());
         whole.extend((body.len() as u64).to_le_bytes());
         whole.extend(crc32fast::hash(&body).to_le_bytes());
@@ -89,14 +88,13 @@ impl Snapshot {
         file.take(MAX_LENGTH)
             .read_to_end(&mut whole)
             .map_err(|source| Error::SnapshotFile { operation: "read", source })?;
-        let Some((header, body)) = whole.split_first_chunk::<HEADER>() else {
+        let mut body = whole.as_slice();
+        let Some(Header { magic, version, length, checksum }) = Header::take(&mut body) else {
             return Err(damaged(format!("{} bytes are too few", whole.len())));
         };
-        let (magic, numbers) = header.split_at(MAGIC.len());
         if magic != MAGIC {
             return Err(damaged("it does not begin as one".into()));
         }
-        let (version, length, checksum) = numbers_of(numbers);
         if version != VERSION {
             return Err(damaged(format!("it has version {version}, and this program writes {VERSION}")));
         }
@@ -151,18 +149,28 @@ fn same(what: &str, saved: &str, here: &str) -> Result<()> {
     }
 }
 
-/// Bytes before the snapshot itself.
-const HEADER: usize = 24;
+/// What comes before a snapshot.
+struct Header {
+    magic: [u8; 8],
+    version: u32,
+    length: u64,
+    checksum: u32,
+}
 
-/// The numbers of the header: version, length, checksum.
-fn numbers_of(bytes: &[u8]) -> (u32, u64, u32) {
-    let number = |range: std::ops::Range<usize>| {
-        bytes
-            .get(range)
-            .unwrap_or_default()
-            .iter()
-            .rev()
-            .fold(0, |number: u64, byte| number << 8 | u64::from(*byte))
-    };
-    (number(0..4) as u32, number(4..12), number(12..16) as u32)
+impl Header {
+    /// Takes it off the front, if it is there.
+    fn take(bytes: &mut &[u8]) -> Option<Self> {
+        Some(Self {
+            magic: take(bytes)?,
+            version: u32::from_le_bytes(take(bytes)?),
+            length: u64::from_le_bytes(take(bytes)?),
+            checksum: u32::from_le_bytes(take(bytes)?),
+        })
+    }
+}
+
+fn take<const LENGTH: usize>(bytes: &mut &[u8]) -> Option<[u8; LENGTH]> {
+    let (first, rest) = bytes.split_first_chunk()?;
+    *bytes = rest;
+    Some(*first)
 }

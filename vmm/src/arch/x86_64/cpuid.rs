@@ -62,34 +62,25 @@ const CACHE_LEVEL_3: u32 = 3;
 pub fn processor(supported: &CpuId) -> String {
     let mut name = Vec::new();
     let mut signature = 0;
-    let mut features = crc32fast::Hasher::new();
+    let mut features = Vec::new();
     for entry in supported.as_slice() {
         let kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, .. } = *entry;
-        let numbers = match function {
-            leaf::NAME..=leaf::NAME_END => {
-                name.extend([eax, ebx, ecx, edx].map(u32::to_le_bytes).concat());
-                continue;
-            }
+        match function {
+            leaf::NAME..=leaf::NAME_END => name.extend([eax, ebx, ecx, edx].map(u32::to_le_bytes).concat()),
             leaf::FEATURES => {
                 signature = eax;
-                // The others differ from core to core.
-                [ecx, edx, 0, 0]
+                // EBX differs from core to core.
+                features.extend([ecx, edx]);
             }
             leaf::STRUCTURED_FEATURES | leaf::EXTENDED_STATE | leaf::EXTENDED_FEATURES => {
-                [eax, ebx, ecx, edx]
+                features.extend([function, index, eax, ebx, ecx, edx]);
             }
-            _ => continue,
-        };
-        features.update(
-            &[[function, index].as_slice(), &numbers]
-                .concat()
-                .iter()
-                .flat_map(|n| n.to_le_bytes())
-                .collect::<Vec<_>>(),
-        );
+            _ => {}
+        }
     }
     let name = String::from_utf8_lossy(&name);
-    format!("{} ({signature:#x}, features {:#x})", name.trim_matches(['\0', ' ']), features.finalize())
+    let features: Vec<_> = features.into_iter().flat_map(u32::to_le_bytes).collect();
+    format!("{} ({signature:#x}, features {:#x})", name.trim_matches(['\0', ' ']), crc32fast::hash(&features))
 }
 
 /// The CPUID of every vCPU of a machine.
