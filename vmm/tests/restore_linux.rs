@@ -68,15 +68,18 @@ fn run<T>(machine: &Machine, events: &mut EventLoop, mut done: impl FnMut() -> O
 
 /// A machine's state without what goes on while it stands still: the host's clocks.
 fn lasting(snapshot: &Snapshot) -> Value {
-    const TSC: [u8; 4] = 0x10u32.to_le_bytes();
+    // The TSC, and a vCPU's run time and the machine's age as Hyper-V's guests read them (TLFS, HV_X64_MSR_VP_RUNTIME,
+    // HV_X64_MSR_TIME_REF_COUNT).
+    const CLOCKS: [u32; 3] = [0x10, 0x4000_0010, 0x4000_0020];
     const TIMER_COUNT: std::ops::Range<usize> = 0x390..0x394;
+    let is_clock = |msr: &Value| {
+        let index = CLOCKS.map(|clock| clock.to_le_bytes().map(Value::from));
+        index.iter().any(|index| msr.as_array().unwrap().starts_with(index))
+    };
     let mut state = serde_json::to_value(&snapshot.machine).unwrap();
     state["vm"]["clock"].take();
     for vcpu in state["vcpus"].as_array_mut().unwrap() {
-        vcpu["msrs"]
-            .as_array_mut()
-            .unwrap()
-            .retain(|msr| !msr.as_array().unwrap().starts_with(&TSC.map(Value::from)));
+        vcpu["msrs"].as_array_mut().unwrap().retain(|msr| !is_clock(msr));
         vcpu["lapic"].as_array_mut().unwrap()[TIMER_COUNT].fill(Value::Null);
     }
     state
