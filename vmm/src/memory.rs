@@ -45,14 +45,6 @@ pub enum Backing<'a> {
     CopyOf(&'a File),
 }
 
-/// Maps `mib` MiB of anonymous private memory, and what may be plugged in later, up to `max_mib` in all.
-///
-/// # Errors
-/// As [`map`].
-pub fn allocate(mib: u32, max_mib: u32) -> Result<GuestMemoryMmap> {
-    map(mib, max_mib, Backing::Anonymous)
-}
-
 /// Maps `mib` MiB of memory, and what may be plugged in later, up to `max_mib` in all. That is anonymous, whatever the other is. The
 /// host reserves none of it (`MAP_NORESERVE`): a page costs something only once the guest has touched it.
 ///
@@ -126,6 +118,10 @@ fn host_memory_mib() -> Result<u64> {
 mod tests {
     use super::*;
     use vm_memory::{Bytes as _, GuestMemory as _, GuestMemoryRegion as _};
+
+    fn allocate(mib: u32, max_mib: u32) -> Result<GuestMemoryMmap> {
+        map(mib, max_mib, Backing::Anonymous)
+    }
 
     #[test]
     fn memory_below_the_minimum_or_above_the_maximum_is_refused() {
