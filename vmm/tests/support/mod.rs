@@ -1,6 +1,6 @@
 //! The shim's part, played by a test: starts `mayu-vmm`, talks to it, and reads the guest's console.
 
-#![allow(unsafe_code, dead_code)]
+#![allow(dead_code)]
 
 pub mod payload;
 
@@ -8,13 +8,13 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use command_fds::{CommandFdExt as _, FdMapping};
 use mayu_vmm_api::{
     CONTROL_FD, Event, ExitReason, Message, RateLimit, Reply, Request, VmConfig, receive, send,
 };
@@ -160,17 +160,13 @@ impl Vmm {
         let patience = TimeVal::new(PATIENCE.as_secs() as i64, 0);
         setsockopt(&ours, sockopt::ReceiveTimeout, &patience).unwrap();
         let program = std::env::var_os("MAYU_TEST_VMM").unwrap_or(env!("CARGO_BIN_EXE_mayu-vmm").into());
-        let mut command = Command::new(program);
-        command.stdin(Stdio::null()).stdout(Stdio::null());
-        let number = theirs.as_raw_fd();
-        // SAFETY: the closure makes one system call and allocates nothing.
-        unsafe {
-            command.pre_exec(move || match libc::dup2(number, CONTROL_FD) {
-                -1 => Err(std::io::Error::last_os_error()),
-                _ => Ok(()),
-            });
-        }
-        let process = command.spawn().unwrap();
+        let process = Command::new(program)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .fd_mappings(vec![FdMapping { parent_fd: theirs, child_fd: CONTROL_FD }])
+            .unwrap()
+            .spawn()
+            .unwrap();
         let output = Arc::new(Mutex::new(Vec::new()));
         let shared = output.clone();
         let reader = std::thread::spawn(move || {
