@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -17,8 +17,7 @@ use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::time::{ClockId, clock_gettime};
-use slog::Logger;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 
 use crate::cgroup::{MOUNT_POINT, enable_controllers};
@@ -133,26 +132,35 @@ async fn boot(entered: Duration) -> Result<std::convert::Infallible> {
         volume_directory: VOLUME_DIR.into(),
     };
     let _server = server::serve(options, listeners, &log).await?;
-    let _ready = announce(entered, &log).await?;
-    std::future::pending().await
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    let agent_us = micros(uptime().saturating_sub(entered));
+    let mut hello =
+        Hello { version: env!("CARGO_PKG_VERSION").to_owned(), kernel_us: micros(entered), agent_us };
+    loop {
+        let ready = announce(&hello).await?;
+        slog::debug!(log, "ready"; "kernel_us" => hello.kernel_us, "agent_us" => hello.agent_us);
+        // That is where this machine was saved and goes on as another one.
+        end_of(ready.as_fd()).await.map_err(Error::io("watch the connection to the host"))?;
+        (hello.kernel_us, hello.agent_us) = (0, 0);
+    }
 }
 
-/// Tells the shim that the agent serves. The connection stays open for as long as the agent lives.
-async fn announce(entered: Duration, log: &Logger) -> Result<VsockStream> {
+/// Tells the shim that the agent serves. The connection stays open for as long as the agent lives and its shim does.
+async fn announce(hello: &Hello) -> Result<VsockStream> {
     let mut ready = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT))
         .await
         .map_err(Error::io("connect to the host to announce the agent"))?;
-    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-    let hello = Hello {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        kernel_us: micros(entered),
-        agent_us: micros(uptime().saturating_sub(entered)),
-    };
-    let mut line = serde_json::to_string(&hello).map_err(|error| Error::InvalidRequest(error.to_string()))?;
+    let mut line = serde_json::to_string(hello).map_err(|error| Error::InvalidRequest(error.to_string()))?;
     line.push('\n');
     ready.write_all(line.as_bytes()).await.map_err(Error::io("announce the agent"))?;
-    slog::debug!(log, "ready"; "kernel_us" => hello.kernel_us, "agent_us" => hello.agent_us);
     Ok(ready)
+}
+
+/// Waits for the end of a connection on which nothing arrives. To be reset with all others is an error for a socket of vsock and
+/// nothing else (`virtio_vsock_reset_sock` of the kernel), which does not wake up who reads from it by tokio.
+async fn end_of(connection: BorrowedFd<'_>) -> std::io::Result<()> {
+    let interest = Interest::READABLE | Interest::ERROR;
+    sys::watch(connection.try_clone_to_owned()?, interest)?.ready(interest).await.map(drop)
 }
 
 impl Mount {

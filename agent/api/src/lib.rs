@@ -11,7 +11,8 @@
 //! * Exits are reported by `Sandbox.Events`; `Task.Wait` answers as well, but nothing depends on it.
 //!
 //! At boot the agent connects to the host's [`READY_PORT`], writes one line of JSON ([`Hello`]) and keeps
-//! the connection open: its end is the end of the agent.
+//! the connection open: its end is the end of the agent. In a machine that is restored from a template all connections are reset,
+//! and the agent does so again.
 
 use std::fmt;
 use std::str::FromStr;
@@ -81,9 +82,9 @@ pub const PROCESS_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-s
 pub struct Hello {
     /// The agent's version; it must be the shim's own.
     pub version: String,
-    /// Microseconds from the kernel's entry to the agent's `main`, by the guest's monotonic clock.
+    /// Microseconds from the kernel's entry to the agent's `main`, by the guest's monotonic clock. 0 in a restored machine.
     pub kernel_us: u64,
-    /// Microseconds from the agent's `main` to this announcement.
+    /// Microseconds from the agent's `main` to this announcement. 0 in a restored machine.
     pub agent_us: u64,
 }
 
