@@ -2,6 +2,7 @@
 
 mod check;
 mod policy;
+mod template;
 
 use std::process::ExitCode;
 
@@ -21,11 +22,14 @@ enum Command {
     Check(check::Args),
     /// Tries, tests and records policies: what a pod may be.
     Policy(policy::Args),
+    /// Makes, lists, verifies and takes away the machines that pods start from.
+    Template(template::Args),
 }
 
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Check(args) => check::run(&args),
         Command::Policy(args) => policy::run(&args),
+        Command::Template(args) => template::run(&args),
     }
 }

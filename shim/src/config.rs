@@ -25,6 +25,8 @@ pub struct Config {
     pub policy: Option<PathBuf>,
     /// The machine that every pod gets.
     pub vm: Vm,
+    /// What pods start from.
+    pub template: Templates,
     /// What a pod's devices may carry.
     pub limits: Rates,
     /// What a pod may ask for.
@@ -99,6 +101,24 @@ impl Default for Vm {
             max_memory_mib: 4096,
             uids: Uids::default(),
         }
+    }
+}
+
+/// What pods start from.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Templates {
+    /// Whether pods go on from a machine that was saved, rather than boot one of their own.
+    pub enabled: bool,
+    /// Whether a pod that finds no template has one made for those that come after it.
+    pub on_demand: bool,
+    /// Where they are.
+    pub directory: PathBuf,
+}
+
+impl Default for Templates {
+    fn default() -> Self {
+        Self { enabled: true, on_demand: true, directory: "/var/lib/mayu/templates".into() }
     }
 }
 
@@ -258,7 +278,9 @@ impl Config {
         if !(1..=MAX_BURST_MS).contains(&burst) {
             return Err(("burst_ms", format!("{burst} is not between 1 and {MAX_BURST_MS}")));
         }
-        for (key, path) in [("vmm", &self.vm.vmm), ("kernel", &self.vm.kernel), ("image", &self.vm.image)] {
+        let Vm { vmm, kernel, image, .. } = &self.vm;
+        let directory = &self.template.directory;
+        for (key, path) in [("vmm", vmm), ("kernel", kernel), ("image", image), ("directory", directory)] {
             if !path.is_absolute() {
                 return Err((key, format!("{} is not an absolute path", path.display())));
             }
@@ -333,6 +355,7 @@ mod tests {
             ("\npolicy = \"policy.rego\"\n", ": line 2: ", "policy: policy.rego"),
             ("policy = \"\"\n", ": line 1: ", "policy"),
             ("[vm]\nkernel = \"vmlinux\"\n", ": line 2: ", "kernel: vmlinux"),
+            ("[template]\ndirectory = \"templates\"\n", ": line 2: ", "directory: templates"),
             ("[limits]\nnet_bandwidth = \"ten\"\n", ": line 2: ", "\"ten\" is not a whole number"),
             ("[limits]\n\nblock_operations = \"0\"\n", ": line 3: ", "\"0\""),
             ("[limits]\nnet_packets = 1000\n", ": line 2: ", "string"),

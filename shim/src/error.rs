@@ -210,6 +210,14 @@ pub enum Error {
         /// Where the leases are.
         root: PathBuf,
     },
+    /// A template that cannot be used.
+    #[error("template {}: {reason}", path.display())]
+    Template {
+        /// Its directory.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// The machine as configured does not fit this host.
     #[error("{0}")]
     Machine(String),
@@ -353,6 +361,7 @@ impl Error {
             | Self::Stats { .. }
             | Self::System { .. }
             | Self::Network { .. }
+            | Self::Template { .. }
             | Self::Vmm(_)
             | Self::Boot { .. }
             | Self::AgentConnection { .. }

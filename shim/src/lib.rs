@@ -3,8 +3,8 @@
 //! containerd runs `containerd-shim-mayu-v2 start`, which forks the server and prints its address ([`start`]).
 //! The server ([`serve`]) answers containerd's Task service ([`task`]). What the operator's policy has nothing against
 //! ([`admission`]) is done. The first Create boots the pod's VM
-//! ([`sandbox`]): the VMM is spawned with file descriptors only ([`vmm_process`]), and what the pod may see of
-//! the host's files is bound under one shared directory ([`storage`]). The guest's agent ([`agent`]) speaks the
+//! ([`sandbox`]), or has it go on from where one was saved ([`template`]): the VMM is spawned with file descriptors only
+//! ([`vmm_process`]), and what the pod may see of the host's files is bound under one shared directory ([`storage`]). The guest's agent ([`agent`]) speaks the
 //! same Task service; requests reach it with their paths rewritten ([`spec`]). What happens inside comes back as
 //! the agent's events ([`exits`]) and goes out as containerd's ([`events`]). When everything else is dead,
 //! `containerd-shim-mayu-v2 delete` cleans up ([`delete`]).
@@ -44,6 +44,7 @@ pub mod stats;
 pub mod stdio;
 pub mod storage;
 pub mod task;
+pub mod template;
 pub mod uids;
 pub mod vmm_process;
 

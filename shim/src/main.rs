@@ -1,10 +1,12 @@
-//! `containerd-shim-mayu-v2`, as containerd runs it: `start`, `delete`, `-info`, `-v`, or no command for the server.
+//! `containerd-shim-mayu-v2`, as containerd runs it: `start`, `delete`, `-info`, `-v`, or no command for the server. As the server
+//! runs it: `template`.
 
 use std::io::{Read, Write};
 use std::process::ExitCode;
 
 use containerd_shim::{Flags, parse};
-use mayu_shim::{Error, RUNTIME, Result, delete, info, serve, start};
+use mayu_shim::config::Config;
+use mayu_shim::{Error, RUNTIME, Result, delete, info, log, serve, start, template};
 
 /// Stack of the threads that mount and unmount, in bytes.
 const BLOCKING_STACK: usize = 256 * 1024;
@@ -31,27 +33,34 @@ fn run(flags: &Flags) -> Result<Vec<u8>> {
     if flags.info {
         return info::encode(&read_stdin()?);
     }
+    if flags.action == "template" {
+        return block_on(async {
+            let log = log::logger(std::io::stderr(), "template", flags.debug);
+            template::make(&Config::load()?, &log).await.map(drop)
+        });
+    }
     if flags.namespace.is_empty() {
         return Err(Error::Protocol("-namespace is missing".into()));
     }
     match flags.action.as_str() {
         "start" => start::run(flags),
         "delete" => delete::run(flags),
-        "" => serve(flags).map(|()| Vec::new()),
+        "" => block_on(serve::run(flags)),
         other => Err(Error::Protocol(format!("unknown command {other:?}: it is one of start and delete"))),
     }
 }
 
-fn serve(flags: &Flags) -> Result<()> {
+/// Runs to the end what has nothing to say on standard output.
+fn block_on(work: impl Future<Output = Result<()>>) -> Result<Vec<u8>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .thread_stack_size(BLOCKING_STACK)
         .build()
         .map_err(|source| Error::System { operation: "start the runtime", source })?;
-    let served = runtime.block_on(serve::run(flags));
-    // Threads that still wait for something, such as a disk, must not keep the shim alive.
+    let done = runtime.block_on(work);
+    // Threads that still wait for something, such as a disk, must not keep the process alive.
     runtime.shutdown_background();
-    served
+    done.map(|()| Vec::new())
 }
 
 fn read_stdin() -> Result<Vec<u8>> {

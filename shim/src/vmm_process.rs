@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use command_fds::{CommandFdExt, FdMapping};
 use mayu_vmm_api::{CONTROL_FD, Event, EventStream, Request, VmConfig, VmmClient};
@@ -22,6 +22,7 @@ use crate::config::{Config, Vm};
 use crate::console::{Console, Source};
 use crate::error::{file, system};
 use crate::pidfd::{PidFd, WatchedProcess};
+use crate::template::Saved;
 use crate::uids::Lease;
 use crate::{Error, Result};
 
@@ -39,8 +40,8 @@ pub struct VmmProcess {
 #[derive(Debug)]
 pub struct HostFiles {
     kvm: File,
-    kernel: File,
-    image: File,
+    pub(crate) kernel: File,
+    pub(crate) image: File,
 }
 
 impl HostFiles {
@@ -67,6 +68,17 @@ impl HostFiles {
     }
 }
 
+/// Where a guest starts.
+#[derive(Debug)]
+pub enum Origin {
+    /// With its kernel.
+    Kernel,
+    /// As well, to be saved: with its memory in this file.
+    ToSave(File),
+    /// Where another was saved.
+    Template(Saved),
+}
+
 /// What a VMM is told to build, and the descriptors for it.
 #[derive(Debug)]
 pub struct Building {
@@ -74,6 +86,8 @@ pub struct Building {
     pub machine: VmConfig,
     /// What every pod needs.
     pub files: HostFiles,
+    /// Where its guest starts.
+    pub origin: Origin,
     /// The directory that virtio-fs serves.
     pub share: PathBuf,
     /// Where the guest's console goes.
@@ -89,8 +103,19 @@ pub struct Spawned {
     pub client: Arc<VmmClient>,
     /// What it tells.
     pub events: EventStream,
-    /// Ends when the machine is built, or with the VMM's reason why it is not.
-    pub built: JoinHandle<Result<()>>,
+    /// When it was started.
+    pub at: Instant,
+    built: JoinHandle<Result<()>>,
+}
+
+impl Spawned {
+    /// Waits until the machine is built. Once.
+    ///
+    /// # Errors
+    /// The VMM's reason why it is not.
+    pub async fn built(&mut self) -> Result<()> {
+        (&mut self.built).await.map_err(|_| Error::Vmm(mayu_vmm_api::Error::Closed))?
+    }
 }
 
 impl VmmProcess {
@@ -105,6 +130,7 @@ impl VmmProcess {
         // The process that is spawned forks the real one and ends; that one then is a child of the nearest
         // subreaper. Only for so long, or orphans of others would become this process's to reap.
         set_child_subreaper(true).map_err(system("become a subreaper"))?;
+        let at = Instant::now();
         let (mut child, socket) = run(&config.vm.vmm, stderr)?;
         let (client, mut events) = VmmClient::new(socket, config.timeouts.request())?;
         let client = Arc::new(client);
@@ -123,7 +149,7 @@ impl VmmProcess {
             .map_err(system("wait for the VMM's first process"))?;
         set_child_subreaper(false).map_err(system("stop being a subreaper"))?;
         debug!(log, "VMM started"; "pid" => pid);
-        Ok(Spawned { process, client, events, built })
+        Ok(Spawned { process, client, events, at, built })
     }
 
     /// The uid that it runs as.
@@ -171,14 +197,28 @@ fn run(program: &Path, stderr: OwnedFd) -> Result<(Child, OwnedFd)> {
 
 /// Has the VMM confine itself and build the machine.
 async fn build(client: Arc<VmmClient>, building: Building) -> Result<()> {
-    let Building { machine, files, share, console } = building;
+    let Building { machine, files, origin, share, console } = building;
     let share = OpenOptions::new()
         .read(true)
         .custom_flags(O_PATH)
         .open(&share)
         .map_err(file("open the share", share))?;
-    let fds = [files.kvm.as_fd(), files.kernel.as_fd(), files.image.as_fd(), share.as_fd(), console.as_fd()];
-    Ok(client.request(Request::Build(machine), &fds).await?)
+    let (kvm, kernel, image) = (files.kvm.as_fd(), files.kernel.as_fd(), files.image.as_fd());
+    let (share, console) = (share.as_fd(), console.as_fd());
+    match &origin {
+        Origin::Kernel => {
+            client.request(Request::Build(machine), &[kvm, kernel, image, share, console]).await?;
+        }
+        Origin::ToSave(memory) => {
+            let fds = [kvm, kernel, image, share, console, memory.as_fd()];
+            client.request(Request::BuildTemplate(machine), &fds).await?;
+        }
+        Origin::Template(Saved { state, memory }) => {
+            let fds = [kvm, state.as_fd(), memory.as_fd(), image, share, console];
+            client.request(Request::Restore(machine), &fds).await?;
+        }
+    }
+    Ok(())
 }
 
 /// The VMM's reason for not building the machine, if it gave one before it ended.

@@ -41,6 +41,9 @@ class Install(unittest.TestCase):
                     self.assertEqual(Path(f"{self.root}{vm[key]}").read_text(), f"{content} first\n")
                 for program in ("containerd-shim-mayu-v2", "mayu"):
                     self.assertEqual(self.file(f"{prefix[1:]}/bin/{program}").stat().st_mode & 0o777, 0o755)
+                unit = self.file(f"{prefix[1:]}/lib/systemd/system/mayu-template.service").read_text()
+                self.assertIn(f"ExecStart={prefix.rstrip('/')}/bin/mayu template create\n", unit)
+                self.assertIn(f"{prefix.rstrip('/')}/share/doc/mayu/config.toml\n", unit)
                 self.uninstall(f"PREFIX={prefix}")
 
     def test_an_installation_for_usr_has_the_configuration_of_the_repository(self):
@@ -79,6 +82,12 @@ class Install(unittest.TestCase):
         self.assertEqual(left.pop("usr/share/mayu/mine"), b"mine")
         self.assertIsNone(left.pop("usr/share/mayu"))
         self.assertEqual(left, before)
+
+    def test_templates_go_with_what_they_are_made_of(self):
+        self.install()
+        write(self.file("var/lib/mayu/templates/1/memory"), "memory")
+        self.uninstall()
+        self.assertFalse(self.file("var/lib/mayu").exists())
 
     def test_uninstalling_twice_or_without_an_installation_is_no_error(self):
         self.assertIn("nothing to remove", self.uninstall().stdout)

@@ -253,7 +253,8 @@ class Failures(NodeTest):
 
     def assert_containerd_is_untouched(self, node: Node, before: dict):
         ours = {path for path in node.files() if "mayu" in path and "containerd/conf.d" not in path} | {
-            "usr/local/libexec", "usr/local/share", "usr/local/share/doc",
+            "usr/local/lib", "usr/local/lib/systemd", "usr/local/lib/systemd/system", "usr/local/libexec",
+            "usr/local/share", "usr/local/share/doc",
         }
         self.assertEqual({path: data for path, data in node.files().items() if path not in ours}, before)
         self.assertTrue(node.cri_is_loaded())

@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use mayu_agent_api::{READY_PORT, RPC_PORT};
-use mayu_vmm_api::{Event, EventStream, MAX_NET_SLOTS, Request, VmConfig, VmmClient};
+use mayu_vmm_api::{Event, EventStream, MAX_NET_SLOTS, Request, VmConfig};
 use slog::{Logger, info, warn};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, watch};
@@ -19,18 +18,19 @@ use super::size::Sizes;
 use super::{Sandbox, Signs, connect, describe, into_stream};
 use crate::agent::{Agent, AgentEvents, read_hello};
 use crate::cgroup;
-use crate::config::Config;
+use crate::config::{Config, Timeouts, Vm};
 use crate::console::{Console, Source};
 use crate::delete::start_time;
 use crate::error::file;
-use crate::pod_spec::{PodFile, PodSpec, Size};
+use crate::pod_spec::{Limits, PodFile, PodSpec, Size};
 use crate::state_dir::{Record, StateDir};
+use crate::template::{self, GUEST_CID, Template};
 use crate::uids::Lease;
-use crate::vmm_process::{Building, HostFiles, Spawned, VmmProcess};
+use crate::vmm_process::{Building, HostFiles, Origin, Spawned, VmmProcess};
 use crate::{Error, Result};
 
-/// The guest's vsock context id. It need not differ from pod to pod: each VMM has a vsock of its own.
-const GUEST_CID: u32 = 3;
+/// How a VMM ends that somebody else has killed, or the host's kernel for want of memory.
+const KILLED: &str = "signal 9";
 
 /// What a VM is made of.
 #[derive(Clone, Debug)]
@@ -49,6 +49,17 @@ pub struct Blueprint {
     pub log: Logger,
 }
 
+/// A VMM with a machine that does not run yet.
+struct Begun {
+    spawned: Spawned,
+    console: Console,
+    own_cgroup: Option<PathBuf>,
+    /// With which its guest starts.
+    size: Size,
+    /// When the agent has to have answered.
+    deadline: Instant,
+}
+
 /// A guest that has come up.
 struct Up {
     agent: Agent,
@@ -58,8 +69,8 @@ struct Up {
 }
 
 impl Sandbox {
-    /// Starts the VMM, boots the guest and waits for its agent. `attach` mounts the first container's files on the
-    /// share while the guest boots; what was mounted before, the VMM would not see.
+    /// Starts the VMM, boots the guest or has it go on from a template, and waits for its agent. `attach` mounts the first
+    /// container's files on the share meanwhile; what was mounted before the VMM was started, it would not see.
     ///
     /// # Errors
     /// The step that failed, with the end of the guest's console where it may tell more; then there is no process
@@ -70,52 +81,147 @@ impl Sandbox {
     ) -> Result<(Self, Signs, AgentEvents)> {
         let Blueprint { config, dir, log, .. } = &blueprint;
         let files = HostFiles::open(&config.vm)?;
-        let (mut console, console_writer) = Console::pipe(Source::Guest, log.clone())?;
         let network = Given::find(&blueprint.spec, log).await?;
-        let lease = Lease::take(dir.root(), config.vm.uids, &dir.name())?;
-        dir.write_record(&Record { uid: Some(lease.uid()), ..Record::default() })?;
-        let machine = machine(&blueprint, network.as_ref().map_or(0, Given::interfaces), lease.uid())?;
+        let machine = machine(&blueprint, network.as_ref().map_or(0, Given::interfaces))?;
         let pod_files = write_files(dir, &blueprint.spec.files)?;
-        let building = Building { machine, files, share: dir.share(), console: console_writer };
-        let mut spawned = VmmProcess::spawn(config, building, lease, log).await?;
-        let mut own_cgroup = None;
-        let up = come_up(&blueprint, &mut spawned, network, &mut own_cgroup, attach).await;
-        let Spawned { process: vmm, client, events: vmm_events, .. } = spawned;
-        match up {
+        let (mut begun, template) = begin(&blueprint, machine, files).await?;
+        let sizes = Sizes::new(begun.size, blueprint.spec.limits, &config.vm);
+        match come_up(&blueprint, &mut begun, &sizes, network, attach).await {
             Ok(Up { agent, agent_events, ready, network }) => {
-                let Blueprint { spec, config, dir, log, size, .. } = blueprint;
+                let Blueprint { config, dir, log, .. } = blueprint;
+                let Begun { spawned, console, own_cgroup, .. } = begun;
                 let sandbox = Self {
                     agent,
                     files: pod_files,
                     volumes: Mutex::default(),
                     slots: Mutex::default(),
                     network: Mutex::new(network),
-                    sizes: Sizes::new(size, spec.limits, &config.vm),
+                    sizes,
                     config,
                     dir,
-                    vmm,
-                    client,
+                    vmm: spawned.process,
+                    client: spawned.client,
                     own_cgroup,
                     next_stream: AtomicU64::new(1),
                     condemned: watch::Sender::new(None),
                     ended: watch::Sender::new(None),
                     log,
                 };
-                Ok((sandbox, Signs { vmm_events, ready, console }, agent_events))
+                let signs = Signs { vmm_events: spawned.events, ready, console };
+                Ok((sandbox, signs, agent_events))
             }
             Err(error) => {
-                let end = vmm.kill().await;
-                if let Some(directory) = &own_cgroup {
-                    cgroup::remove(directory);
+                let Abandoned { error, may_be_the_template } = begun.abandon(error).await;
+                if let Some(template) = template.filter(|_| may_be_the_template) {
+                    template.discard(&error, log);
                 }
-                Err(with_console(error, &end, console.final_tail().await))
+                Err(error)
             }
         }
     }
 }
 
-/// The machine, with a network slot for each interface. There is one in every machine: the topology is the same for all.
-fn machine(blueprint: &Blueprint, interfaces: usize, uid: u32) -> Result<VmConfig> {
+impl Begun {
+    /// Puts the VMM into the pod's cgroup and waits for the machine.
+    async fn wait_until_built(&mut self, blueprint: &Blueprint) -> Result<()> {
+        enter_cgroup(blueprint, &self.spawned.process, &mut self.own_cgroup)?;
+        timeout_at(self.deadline, self.spawned.built()).await.map_err(|_| too_late(&blueprint.config))?
+    }
+
+    /// Ends the VMM because of an error.
+    async fn abandon(mut self, error: Error) -> Abandoned {
+        let end = self.spawned.process.kill().await;
+        if let Some(directory) = &self.own_cgroup {
+            cgroup::remove(directory);
+        }
+        let may_be_the_template = match &error {
+            Error::Boot { .. } | Error::BootTimeout { .. } => true,
+            Error::Vmm(mayu_vmm_api::Error::Refused { .. }) => true,
+            Error::Vmm(mayu_vmm_api::Error::Closed) => end != KILLED,
+            _ => false,
+        };
+        Abandoned { error: with_console(error, &end, self.console.final_tail().await), may_be_the_template }
+    }
+}
+
+/// Why there is no machine, or no guest that answers.
+struct Abandoned {
+    /// With what is known from the console.
+    error: Error,
+    /// Whether it could be met by every pod that goes on from the same template.
+    may_be_the_template: bool,
+}
+
+impl From<Error> for Abandoned {
+    fn from(error: Error) -> Self {
+        Self { error, may_be_the_template: false }
+    }
+}
+
+/// Has a VMM build the machine, from a template if there is one for it and the VMM does not refuse it.
+async fn begin(
+    blueprint: &Blueprint,
+    machine: VmConfig,
+    files: HostFiles,
+) -> Result<(Begun, Option<Template>)> {
+    let Blueprint { config, log, .. } = blueprint;
+    let found = fits_template(&machine, &config.vm).then(|| template::for_pod(config, &files, log)).flatten();
+    let files = match found {
+        None => files,
+        Some((template, saved)) => {
+            let VmConfig { sandbox_id, net_limit, block_limit, .. } = machine.clone();
+            let as_saved =
+                VmConfig { sandbox_id, net_limit, block_limit, ..template.description.machine.clone() };
+            info!(log, "the pod goes on from a template"; "template" => template.name());
+            match build(blueprint, as_saved, files, Origin::Template(saved)).await {
+                Ok(begun) => return Ok((begun, Some(template))),
+                Err(Abandoned { error, may_be_the_template: false }) => return Err(error),
+                Err(Abandoned { error, .. }) => template.discard(&error, log),
+            }
+            HostFiles::open(&config.vm)?
+        }
+    };
+    let begun = build(blueprint, machine, files, Origin::Kernel).await;
+    Ok((begun.map_err(|abandoned| abandoned.error)?, None))
+}
+
+/// Whether the machine is one that a template can become: its devices are the same, and it grows to its size.
+fn fits_template(machine: &VmConfig, vm: &Vm) -> bool {
+    let VmConfig { max_vcpus, max_memory_mib, net_slots, .. } = *machine;
+    let largest = Size { vcpus: vm.vcpus, memory_mib: vm.memory_mib }.largest(vm);
+    net_slots == 1 && largest == Size { vcpus: max_vcpus, memory_mib: max_memory_mib }
+}
+
+/// Has a VMM build the machine.
+async fn build(
+    blueprint: &Blueprint,
+    machine: VmConfig,
+    files: HostFiles,
+    origin: Origin,
+) -> std::result::Result<Begun, Abandoned> {
+    let Blueprint { config, dir, log, .. } = blueprint;
+    let (console, console_writer) = Console::pipe(Source::Guest, log.clone())?;
+    let lease = Lease::take(dir.root(), config.vm.uids, &dir.name())?;
+    dir.write_record(&Record { uid: Some(lease.uid()), ..Record::default() })?;
+    let size = Size { vcpus: machine.vcpus, memory_mib: machine.memory_mib };
+    let machine = VmConfig { uid: lease.uid(), ..machine };
+    let building = Building { machine, files, origin, share: dir.share(), console: console_writer };
+    let deadline = Instant::now() + config.timeouts.boot();
+    let spawned = VmmProcess::spawn(config, building, lease, log).await?;
+    let mut begun = Begun { spawned, console, own_cgroup: None, size, deadline };
+    match begun.wait_until_built(blueprint).await {
+        Ok(()) => Ok(begun),
+        Err(error) => Err(begun.abandon(error).await),
+    }
+}
+
+fn too_late(config: &Config) -> Error {
+    Error::BootTimeout { seconds: config.timeouts.boot, console: String::new() }
+}
+
+/// The machine as it boots, with a network slot for each interface. There is one in every machine: the topology is the same for
+/// all. Its uid is not known yet.
+fn machine(blueprint: &Blueprint, interfaces: usize) -> Result<VmConfig> {
     let Config { vm, limits, .. } = &blueprint.config;
     let largest = blueprint.size.largest(vm);
     let net_slots = u8::try_from(interfaces.max(1)).unwrap_or(u8::MAX);
@@ -134,7 +240,7 @@ fn machine(blueprint: &Blueprint, interfaces: usize, uid: u32) -> Result<VmConfi
         guest_cid: GUEST_CID,
         kernel_args: vm.kernel_args.clone(),
         host_ports: vec![READY_PORT],
-        uid,
+        uid: 0,
         net_limit: limits.net(),
         block_limit: limits.block(),
         made_of: BTreeMap::new(),
@@ -178,22 +284,17 @@ fn enter_cgroup(blueprint: &Blueprint, vmm: &VmmProcess, made: &mut Option<PathB
     Ok(())
 }
 
-/// From a forked VMM to a guest whose agent answers, with the first container's files mounted.
+/// From a built machine to a guest whose agent answers, with the first container's files mounted.
 async fn come_up(
     blueprint: &Blueprint,
-    spawned: &mut Spawned,
+    begun: &mut Begun,
+    sizes: &Sizes,
     network: Option<Given>,
-    cgroup: &mut Option<PathBuf>,
     attach: impl FnOnce() -> Result<()> + Send + 'static,
 ) -> Result<Up> {
-    let deadline = Instant::now() + blueprint.config.timeouts.boot();
-    let seconds = blueprint.config.timeouts.boot;
-    let too_late = |_| Error::BootTimeout { seconds, console: String::new() };
-    enter_cgroup(blueprint, &spawned.process, cgroup)?;
-    let built = timeout_at(deadline, &mut spawned.built).await.map_err(too_late)?;
-    built.map_err(|_| Error::Vmm(mayu_vmm_api::Error::Closed))??;
-    let run = run_guest(blueprint, network, &spawned.client, &mut spawned.events);
-    let run = async { timeout_at(deadline, run).await.map_err(too_late)? };
+    let deadline = begun.deadline;
+    let run = run_guest(blueprint, sizes, network, &mut begun.spawned);
+    let run = async { timeout_at(deadline, run).await.map_err(|_| too_late(&blueprint.config))? };
     both(run, spawn_blocking(attach)).await
 }
 
@@ -219,40 +320,45 @@ async fn both(run: impl Future<Output = Result<Up>>, mut attaching: JoinHandle<R
 /// Lets the vCPUs run, waits until the agent announces itself and makes the guest this pod.
 async fn run_guest(
     blueprint: &Blueprint,
+    sizes: &Sizes,
     network: Option<Given>,
-    client: &Arc<VmmClient>,
-    events: &mut EventStream,
+    spawned: &mut Spawned,
 ) -> Result<Up> {
+    let Blueprint { spec, config, log, .. } = blueprint;
+    let client = spawned.client.clone();
     client.request(Request::Resume, &[]).await?;
     // While the guest boots.
     let wiring = async {
         match network {
-            Some(given) => given.wire(client, blueprint.config.timeouts.request()).await,
+            Some(given) => given.wire(&client, config.timeouts.request()).await,
             None => Ok(Network::Unknown),
         }
     };
-    let ((ready, agent), network) = tokio::try_join!(agent_of(blueprint, client, events), wiring)?;
-    let hostname = blueprint.spec.hostname.as_ref().unwrap_or(&blueprint.id);
+    let agent = wait_for_agent(spawned, &config.timeouts, log);
+    let ((ready, agent), network) = tokio::try_join!(agent, wiring)?;
+    let hostname = spec.hostname.as_ref().unwrap_or(&blueprint.id);
     // Kernel parameters of the pod may be those of an interface.
     agent.configure_network(network.request()).await?;
-    agent.configure(hostname, &blueprint.spec.sysctls).await?;
+    agent.configure(hostname, &spec.sysctls).await?;
+    sizes.fit(Limits::default(), &client, &agent, log).await?;
     let agent_events = agent.events().await?;
     Ok(Up { agent, agent_events, ready, network })
 }
 
 /// Waits for the agent's announcement and connects to it.
-async fn agent_of(
-    blueprint: &Blueprint,
-    client: &VmmClient,
-    events: &mut EventStream,
+pub(crate) async fn wait_for_agent(
+    spawned: &mut Spawned,
+    timeouts: &Timeouts,
+    log: &Logger,
 ) -> Result<(UnixStream, Agent)> {
-    let mut ready = announced(events).await?;
+    let mut ready = announced(&mut spawned.events).await?;
     let hello = read_hello(&mut ready).await?;
-    let stream = connect(client, RPC_PORT).await?;
-    let vmm = client.status().await?;
-    info!(blueprint.log, "VM is up";
+    let stream = connect(&spawned.client, RPC_PORT).await?;
+    let ready_us = u64::try_from(spawned.at.elapsed().as_micros()).unwrap_or(u64::MAX);
+    let vmm = spawned.client.status().await?;
+    info!(log, "VM is up"; "ready_us" => ready_us,
         "vmm_us" => vmm.guest_entry_us, "kernel_us" => hello.kernel_us, "agent_us" => hello.agent_us);
-    Ok((ready, Agent::new(stream, blueprint.config.timeouts.request())))
+    Ok((ready, Agent::new(stream, timeouts.request())))
 }
 
 async fn announced(events: &mut EventStream) -> Result<UnixStream> {
@@ -265,13 +371,13 @@ async fn announced(events: &mut EventStream) -> Result<UnixStream> {
             }
             Some((Event::Exited(why), _)) => return Err(failed(describe(why))),
             Some(_) => {}
-            None => return Err(failed("its VMM ended".into())),
+            None => return Err(Error::Vmm(mayu_vmm_api::Error::Closed)),
         }
     }
 }
 
 /// Adds what the guest's console says, and how the VMM ended where that is the failure.
-fn with_console(error: Error, end: &str, console: String) -> Error {
+pub(crate) fn with_console(error: Error, end: &str, console: String) -> Error {
     match error {
         Error::Boot { reason, .. } => Error::Boot { reason, console },
         Error::BootTimeout { seconds, .. } => Error::BootTimeout { seconds, console },

@@ -1,13 +1,22 @@
 //! How large a VM is, and how it becomes larger and smaller while it runs.
 
+use std::time::Duration;
+
 use mayu_vmm_api::{Request, VmmClient};
-use slog::{Logger, info};
+use slog::{Logger, info, warn};
 use tokio::sync::Mutex;
+use tokio::time::{Instant, sleep};
 
 use crate::Result;
 use crate::agent::Agent;
 use crate::config::Vm;
 use crate::pod_spec::{Limits, Size};
+
+/// How often the VMM is asked how far the guest's memory has grown.
+const POLL: Duration = Duration::from_millis(2);
+
+/// How long a guest may take for a step of that.
+const STALLED: Duration = Duration::from_secs(2);
 
 /// The sizes of one VM.
 #[derive(Debug)]
@@ -64,14 +73,39 @@ impl Sizes {
                 "memory_mib" => wanted.memory_mib, "max_memory_mib" => target.memory_mib);
         }
         if target.memory_mib != current.memory_mib {
+            let grows = target.memory_mib > current.memory_mib;
             client.request(Request::ResizeMemory { memory_mib: target.memory_mib }, &[]).await?;
             current.memory_mib = target.memory_mib;
+            if grows {
+                wait_for_memory(client, target.memory_mib - self.first.memory_mib, log).await?;
+            }
         }
         if target.vcpus != current.vcpus {
             agent.resize(target.vcpus).await?;
             current.vcpus = target.vcpus;
         }
         Ok(())
+    }
+}
+
+/// Waits until the guest uses so much memory beyond what it has booted with: a container that starts before could be too large for
+/// it. A guest that takes none of it for a while never will.
+async fn wait_for_memory(client: &VmmClient, wanted_mib: u32, log: &Logger) -> Result<()> {
+    let mut last = (0, Instant::now());
+    loop {
+        let plugged_mib = client.status().await?.plugged_mib;
+        if plugged_mib >= wanted_mib {
+            return Ok(());
+        }
+        if plugged_mib > last.0 {
+            last = (plugged_mib, Instant::now());
+        }
+        if last.1.elapsed() > STALLED {
+            warn!(log, "the guest does not use all of its memory";
+                "plugged_mib" => plugged_mib, "wanted_mib" => wanted_mib);
+            return Ok(());
+        }
+        sleep(POLL).await;
     }
 }
 

@@ -1,0 +1,227 @@
+//! How a template is made, and tried: a machine is booted as for a pod, and saved when its agent has answered.
+
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use mayu_vmm_api::{Request, VmConfig, VmmClient};
+use rustix::fs::{FlockOperation, flock};
+use slog::{Logger, debug, info, warn};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+use super::{Description, Store, Template, checksum, machine, now, number};
+use crate::agent::Agent;
+use crate::config::Config;
+use crate::console::{Console, Source};
+use crate::error::file;
+use crate::sandbox::{wait_for_agent, with_console};
+use crate::state_dir;
+use crate::uids::Lease;
+use crate::vmm_process::{Building, HostFiles, Origin, Spawned, VmmProcess};
+use crate::{Error, Result};
+
+/// Makes the template of a configuration, where it is not there. None where another process is making one.
+///
+/// # Errors
+/// The step that failed. Then there is none, or the one that there was.
+pub async fn make(config: &Config, log: &Logger) -> Result<Option<Template>> {
+    let store = Store::new(config);
+    DirBuilder::new().recursive(true).mode(0o700).create(&store.root).map_err(file("create", &store.root))?;
+    let Some(_lock) = store.lock()? else { return Ok(None) };
+    let made = store.make(config, log).await;
+    match &made {
+        Err(reason) => store.note_failure(reason),
+        Ok(_) => {
+            let _ = fs::remove_file(store.root.join("failed"));
+        }
+    }
+    made.map(Some)
+}
+
+/// Has [`make`] done by a process of its own, which outlives this one.
+pub fn make_in_background(config: &Config, log: &Logger) {
+    // A pod may be configured otherwise by its annotations. It starts without, for there could be any number of those.
+    if Config::load().ok().as_ref().map(|of_node| &of_node.vm) != Some(&config.vm) {
+        return;
+    }
+    let mut command = std::process::Command::new("/proc/self/exe");
+    command.arg("template").current_dir("/").process_group(0);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    match tokio::process::Command::from(command).spawn() {
+        Ok(mut maker) => {
+            info!(log, "a template is being made"; "pid" => maker.id());
+            tokio::spawn(async move { maker.wait().await });
+        }
+        Err(error) => warn!(log, "no template can be made"; "error" => error.to_string()),
+    }
+}
+
+impl Store {
+    /// None where another process has it.
+    fn lock(&self) -> Result<Option<File>> {
+        let path = self.root.join("lock");
+        let lock = File::options().write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let lock = lock.map_err(file("open", &path))?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(lock)),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(errno) => Err(file("lock", path)(errno.into())),
+        }
+    }
+
+    async fn make(&self, config: &Config, log: &Logger) -> Result<Template> {
+        let files = HostFiles::open(&config.vm)?;
+        let machine = machine(&config.vm, &files)?;
+        if let Some(template) = self.find(&machine)? {
+            return Ok(template);
+        }
+        let new = self.root.join("new");
+        remove(&new)?;
+        for directory in [&new, &new.join("share")] {
+            DirBuilder::new().mode(0o700).create(directory).map_err(file("create", directory))?;
+        }
+        save(config, &machine, files, &new, log).await?;
+        let description = describe(&machine, &new)?;
+        let number = self
+            .list()?
+            .iter()
+            .filter_map(|template| number(&template.path))
+            .max()
+            .map_or(1, |last| last + 1);
+        let path = self.root.join(number.to_string());
+        // One that has lost its description only.
+        remove(&path)?;
+        fs::rename(&new, &path).map_err(file("rename", &new))?;
+        sync(&self.root)?;
+        self.clean(&machine, log)?;
+        let template = Template { path, description };
+        info!(log, "template made"; "template" => template.path.display().to_string());
+        Ok(template)
+    }
+
+    /// Takes away those from which no pod can go on any more, since what they are made of is gone.
+    fn clean(&self, current: &VmConfig, log: &Logger) -> Result<()> {
+        for template in self.list()? {
+            if template.description.machine.made_of != current.made_of {
+                debug!(log, "an old template is taken away"; "template" => template.path.display().to_string());
+                template.delete()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Boots a machine with its memory in `new`, and saves it there.
+async fn save(config: &Config, machine: &VmConfig, files: HostFiles, new: &Path, log: &Logger) -> Result<()> {
+    let create = |name| {
+        let path = new.join(name);
+        let mut options = File::options();
+        options.read(true).write(true).create_new(true).mode(0o600).open(&path).map_err(file("create", path))
+    };
+    let (memory, state) = (create("memory")?, create("state")?);
+    memory.set_len(u64::from(machine.memory_mib) << 20).map_err(file("make room in", new.join("memory")))?;
+    let origin = Origin::ToSave(memory.try_clone().map_err(file("share", new.join("memory")))?);
+    let share = new.join("share");
+    let of_vmm = state.try_clone().map_err(file("share", new.join("state")))?;
+    let save = async |client: &VmmClient| {
+        client.request(Request::Pause, &[]).await?;
+        Ok(client.request(Request::Save, &[of_vmm.as_fd()]).await?)
+    };
+    with_machine(config, machine, (files, origin, &share), log, save).await?;
+    for (saved, name) in [(&memory, "memory"), (&state, "state")] {
+        saved.sync_all().map_err(file("write back", new.join(name)))?;
+    }
+    fs::remove_dir(&share).map_err(file("remove", share))
+}
+
+/// Starts a machine from a template, as a pod does. Says how long it took until the agent had answered.
+///
+/// # Errors
+/// Why the template is of no use.
+pub async fn try_out(config: &Config, template: &Template, log: &Logger) -> Result<Duration> {
+    // What a machine is started with has to be there, with nothing in it.
+    let share = Store::new(config).root.join("share");
+    DirBuilder::new().recursive(true).mode(0o700).create(&share).map_err(file("create", &share))?;
+    let parts = (HostFiles::open(&config.vm)?, Origin::Template(template.open()?), share.as_path());
+    let began = Instant::now();
+    let mut took = Duration::ZERO;
+    with_machine(config, &template.description.machine, parts, log, async |_: &VmmClient| {
+        took = began.elapsed();
+        Ok(())
+    })
+    .await?;
+    Ok(took)
+}
+
+/// Runs a machine that is no pod's: does something with it when its agent has answered, and ends it.
+async fn with_machine(
+    config: &Config,
+    machine: &VmConfig,
+    (files, origin, share): (HostFiles, Origin, &Path),
+    log: &Logger,
+    then: impl AsyncFnOnce(&VmmClient) -> Result<()>,
+) -> Result<()> {
+    let (mut console, console_writer) = Console::pipe(Source::Guest, log.clone())?;
+    let root = Path::new(state_dir::ROOT);
+    DirBuilder::new().recursive(true).mode(0o711).create(root).map_err(file("create", root))?;
+    let lease = Lease::take(root, config.vm.uids, "template")?;
+    let machine = VmConfig { uid: lease.uid(), ..machine.clone() };
+    let building = Building { machine, files, origin, share: share.into(), console: console_writer };
+    let mut spawned = VmmProcess::spawn(config, building, lease, log).await?;
+    let done = async {
+        let _connections = answering(config, &mut spawned, log).await?;
+        then(&spawned.client).await
+    };
+    let done = done.await;
+    let end = spawned.process.kill().await;
+    match done {
+        Err(error) => Err(with_console(error, &end, console.final_tail().await)),
+        Ok(()) => Ok(()),
+    }
+}
+
+/// Lets the machine run until its agent has answered. Gives the connections to it.
+async fn answering(config: &Config, spawned: &mut Spawned, log: &Logger) -> Result<(UnixStream, Agent)> {
+    let boot = async {
+        spawned.built().await?;
+        spawned.client.request(Request::Resume, &[]).await?;
+        let (ready, agent) = wait_for_agent(spawned, &config.timeouts, log).await?;
+        agent.health().await?;
+        Ok((ready, agent))
+    };
+    let too_late = |_| Error::BootTimeout { seconds: config.timeouts.boot, console: String::new() };
+    timeout(config.timeouts.boot(), boot).await.map_err(too_late)?
+}
+
+/// Writes down what was saved.
+fn describe(machine: &VmConfig, new: &Path) -> Result<Description> {
+    let path = new.join("memory");
+    let mut memory = File::open(&path).map_err(file("open", &path))?;
+    let memory_checksum = checksum(&mut memory).map_err(file("read", &path))?;
+    let description = Description { machine: machine.clone(), made: now(), memory_checksum };
+    let path = new.join("description.json");
+    let text = serde_json::to_vec_pretty(&description).map_err(io::Error::from);
+    text.and_then(|text| fs::write(&path, text)).map_err(file("write", &path))?;
+    sync(&path)?;
+    sync(new)?;
+    Ok(description)
+}
+
+/// Has a file or a directory on the disk before anything that comes after.
+fn sync(path: &Path) -> Result<()> {
+    File::open(path).and_then(|opened| opened.sync_all()).map_err(file("write back", path))
+}
+
+/// Takes away what somebody who was killed has left, if anything.
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(file("remove", path)(error)),
+        _ => Ok(()),
+    }
+}
