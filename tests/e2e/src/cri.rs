@@ -15,8 +15,8 @@ use k8s_cri::v1::{
     AttachRequest, ContainerConfig, ContainerMetadata, ContainerState, ContainerStats, ContainerStatsRequest,
     ContainerStatus, ContainerStatusRequest, CreateContainerRequest, ExecRequest, ExecSyncRequest, ImageSpec,
     LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
-    ListPodSandboxRequest, NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
-    PodSandboxState, PodSandboxStats, PodSandboxStatsRequest, PodSandboxStatusRequest,
+    LinuxSandboxSecurityContext, ListPodSandboxRequest, NamespaceMode, NamespaceOption, PodSandboxConfig,
+    PodSandboxMetadata, PodSandboxState, PodSandboxStats, PodSandboxStatsRequest, PodSandboxStatusRequest,
     PodSandboxStatusResponse, PortForwardRequest, RemoveContainerRequest, RemovePodSandboxRequest,
     ReopenContainerLogRequest, RunPodSandboxRequest, StartContainerRequest, StopContainerRequest,
     StopPodSandboxRequest, UpdateContainerResourcesRequest,
@@ -150,6 +150,17 @@ fn handler() -> String {
 pub fn private() -> LinuxContainerSecurityContext {
     let options = NamespaceOption { pid: NamespaceMode::Container.into(), ..Default::default() };
     LinuxContainerSecurityContext { namespace_options: Some(options), ..Default::default() }
+}
+
+/// What it says of a container that is privileged.
+pub fn privileged() -> LinuxContainerSecurityContext {
+    LinuxContainerSecurityContext { privileged: true, ..private() }
+}
+
+/// A pod that may have privileged containers, as far as containerd goes.
+pub fn for_privileged() -> LinuxPodSandboxConfig {
+    let security = LinuxSandboxSecurityContext { privileged: true, ..Default::default() };
+    LinuxPodSandboxConfig { security_context: Some(security), ..Default::default() }
 }
 
 /// A container that is to be created.

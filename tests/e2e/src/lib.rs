@@ -16,6 +16,7 @@ pub mod intruder;
 pub mod mount;
 pub mod shim;
 pub mod spec;
+pub mod template;
 pub mod trace;
 
 pub use command::{Outcome, run, run_with_input};
@@ -43,3 +44,12 @@ pub const NGINX: &str = "docker.io/mayu/nginx:test";
 
 /// How long anything may take before a test gives up on it. The lab's processor is software.
 pub const PATIENCE: std::time::Duration = std::time::Duration::from_secs(180);
+
+/// The numbers below `count`. Says after each hundred how far it is, for what takes a while.
+pub fn counted(count: i32, what: &str) -> impl Iterator<Item = i32> {
+    (0..count).inspect(move |number| {
+        if *number > 0 && number % 100 == 0 {
+            println!("{number} of {count} {what}");
+        }
+    })
+}

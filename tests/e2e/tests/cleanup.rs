@@ -3,7 +3,7 @@
 use std::thread;
 
 use mayu_e2e::host::Traces;
-use mayu_e2e::{BUSYBOX, Container};
+use mayu_e2e::{BUSYBOX, Container, counted};
 
 /// containerd keeps the namespace's directory, which the first container makes.
 fn warm_up() {
@@ -16,7 +16,7 @@ fn pods_one_after_another_leave_nothing() {
     let pods = std::env::var("MAYU_TEST_PODS").map_or(50, |pods| pods.parse().unwrap());
     warm_up();
     let before = Traces::now();
-    for number in 0..pods {
+    for number in counted(pods, "pods") {
         let outcome =
             Container::run(BUSYBOX, &[], &["sh", "-c", &format!("echo {number}; exit {}", number % 3)]);
         assert_eq!((outcome.code, outcome.text()), (number % 3, number.to_string()), "{}", outcome.stderr);

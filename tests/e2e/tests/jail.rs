@@ -7,11 +7,10 @@ use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 
 use k8s_cri::v1::{
-    ContainerConfig, Device, LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext,
-    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount,
+    ContainerConfig, Device, LinuxContainerConfig, LinuxContainerResources, LinuxPodSandboxConfig, Mount,
 };
 use mayu_e2e::configuration::Configuration;
-use mayu_e2e::cri::{Cri, Pod, container, pod_config, private};
+use mayu_e2e::cri::{Cri, Pod, container, for_privileged, pod_config, privileged};
 use mayu_e2e::host::{process_status, processes_named, shim_of};
 use mayu_e2e::mount::LoopDevice;
 use mayu_e2e::shim::eventually;
@@ -56,14 +55,11 @@ const LAST_WORDS: &str = "for word in first last; do \
      done; echo b > /proc/sysrq-trigger";
 
 fn pod() -> Pod {
-    let security = LinuxSandboxSecurityContext { privileged: true, ..Default::default() };
-    let linux = LinuxPodSandboxConfig { security_context: Some(security), ..Default::default() };
-    Cri::connect(&[BUSYBOX, PYTHON]).run(pod_config(linux)).unwrap()
+    Cri::connect(&[BUSYBOX, PYTHON]).run(pod_config(for_privileged())).unwrap()
 }
 
-fn privileged(config: ContainerConfig) -> ContainerConfig {
-    let security = LinuxContainerSecurityContext { privileged: true, ..private() };
-    let linux = LinuxContainerConfig { security_context: Some(security), ..Default::default() };
+fn as_privileged(config: ContainerConfig) -> ContainerConfig {
+    let linux = LinuxContainerConfig { security_context: Some(privileged()), ..Default::default() };
     ContainerConfig { linux: Some(linux), ..config }
 }
 
@@ -169,7 +165,7 @@ fn no_line_of_a_filter_is_idle() {
     let mounts = vec![volume];
     let python = container("python", PYTHON, &["python3", "-m", "http.server", "8000"]);
     let python = ContainerConfig { mounts: mounts.clone(), devices: vec![device], ..python };
-    let python = pod.run_container(privileged(python)).unwrap();
+    let python = pod.run_container(as_privileged(python)).unwrap();
 
     fs::write(data.path().join("program.py"), FILES).unwrap();
     done(&mut pod, &python, "python3 /data/program.py");
@@ -184,7 +180,7 @@ fn no_line_of_a_filter_is_idle() {
     pause_and_resume(pod.id());
     done(&mut pod, &python, "true");
     let last = container("last", BUSYBOX, &["sh", "-c", LAST_WORDS]);
-    pod.run_container(privileged(ContainerConfig { mounts, ..last })).unwrap();
+    pod.run_container(as_privileged(ContainerConfig { mounts, ..last })).unwrap();
     let [vmm] = &processes_named("mayu-vmm")[..] else { panic!("one VMM") };
     unheard(pod.id(), || {
         fs::write(data.path().join("first"), "").unwrap();

@@ -22,4 +22,5 @@ mod programs;
 mod resources;
 mod rpc;
 mod stdio;
+mod template;
 mod terminal;

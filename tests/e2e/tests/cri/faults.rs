@@ -1,15 +1,15 @@
 //! A pod's shim, VMM or guest ended or stopped in the middle of each phase: the pod is told to have ended, leaves nothing, and no
 //! other notices.
 
-use std::fs;
-
 use k8s_cri::v1::LinuxPodSandboxConfig;
+use mayu_e2e::cri::for_privileged;
 use mayu_e2e::host::Process;
 use mayu_e2e::shim::eventually;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::phases::{Moment, Phase, Scene, in_every_phase, privileged};
+use super::LimitedCgroup;
+use super::phases::{Moment, Phase, Scene, in_every_phase};
 
 /// A process that is gone by now has nothing to fear.
 fn signal(victim: Option<Process>, signal: Signal) {
@@ -69,29 +69,22 @@ fn the_vmm_is_stopped() {
 
 #[test]
 fn the_vmm_is_at_its_limit_on_the_host() {
-    let parent = format!("/mayu-faults-{}", std::process::id());
-    let directory = format!("/sys/fs/cgroup{parent}");
-    fs::create_dir(&directory).unwrap();
-    for controller in ["/sys/fs/cgroup", &directory] {
-        fs::write(format!("{controller}/cgroup.subtree_control"), "+memory").unwrap();
-    }
-    let limit = format!("{directory}/memory.max");
-    let linux = LinuxPodSandboxConfig { cgroup_parent: parent, ..Default::default() };
+    let cgroup = LimitedCgroup::new("faults");
 
-    ends_in_every_phase(&linux, &[KILLED], |scene| {
-        fs::write(&limit, "1M").unwrap();
+    ends_in_every_phase(&cgroup.config(), &[KILLED], |scene| {
+        cgroup.limit("1M");
         eventually("the kernel has ended the VMM", || scene.vmm().is_none());
-        fs::write(&limit, "max").unwrap();
+        cgroup.limit("max");
     });
 
-    eventually("the limit's cgroup is empty", || fs::remove_dir(&directory).is_ok());
+    cgroup.remove();
 }
 
 #[test]
 fn the_guests_kernel_panics() {
     // It takes the agent with it, as the agent's end does the kernel: that is its init.
     let panic = |scene: &Scene| scene.sabotage("echo c > /proc/sysrq-trigger");
-    in_every_phase(&privileged(), Moment::Midway, panic, |phase, scene, answer| match phase {
+    in_every_phase(&for_privileged(), Moment::Midway, panic, |phase, scene, answer| match phase {
         // Nobody is in the guest yet who could.
         Phase::RunPodSandbox => answer.unwrap(),
         _ => assert_ended(phase, scene, &[KILLED]),

@@ -22,7 +22,8 @@ mod service;
 mod streams;
 mod volumes;
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use k8s_cri::v1::{
     ContainerConfig, ContainerState, ContainerStatus, LinuxContainerConfig, LinuxContainerSecurityContext,
@@ -83,6 +84,41 @@ fn secured(name: &str, security: LinuxContainerSecurityContext) -> ContainerConf
 fn mount(host: &Path, inside: &str) -> Mount {
     let host_path = host.display().to_string();
     Mount { container_path: inside.into(), host_path, ..Default::default() }
+}
+
+/// A cgroup of the host that bounds the memory of the pods below it.
+struct LimitedCgroup {
+    parent: String,
+}
+
+impl LimitedCgroup {
+    fn new(name: &str) -> Self {
+        let cgroup = Self { parent: format!("/mayu-{name}-{}", std::process::id()) };
+        fs::create_dir(cgroup.directory()).unwrap();
+        for controller in [Path::new("/sys/fs/cgroup"), &cgroup.directory()] {
+            fs::write(controller.join("cgroup.subtree_control"), "+memory").unwrap();
+        }
+        cgroup
+    }
+
+    fn directory(&self) -> PathBuf {
+        format!("/sys/fs/cgroup{}", self.parent).into()
+    }
+
+    /// Of a pod below it.
+    fn config(&self) -> LinuxPodSandboxConfig {
+        LinuxPodSandboxConfig { cgroup_parent: self.parent.clone(), ..Default::default() }
+    }
+
+    /// Bounds it, as `memory.max` has it.
+    fn limit(&self, bytes: &str) {
+        fs::write(self.directory().join("memory.max"), bytes).unwrap();
+    }
+
+    /// Takes it away, once nothing is in it.
+    fn remove(self) {
+        eventually("the limit's cgroup is empty", || fs::remove_dir(self.directory()).is_ok());
+    }
 }
 
 /// What became of a script in a container.

@@ -6,18 +6,16 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-use k8s_cri::v1::{
-    ContainerConfig, ContainerState, LinuxContainerConfig, LinuxContainerSecurityContext,
-    LinuxPodSandboxConfig, LinuxSandboxSecurityContext, PodSandboxConfig,
-};
+use k8s_cri::v1::{ContainerState, LinuxPodSandboxConfig, PodSandboxConfig};
 use mayu_e2e::BUSYBOX;
 use mayu_e2e::configuration::Configuration;
-use mayu_e2e::cri::{Cri, Pod, container, pod_config, private};
+use mayu_e2e::cri::{Cri, Pod, pod_config, privileged};
 use mayu_e2e::host::{Process, processes_named, vmms};
 use mayu_e2e::shim::eventually;
+use mayu_e2e::template;
 use tonic::Status;
 
-use super::{idle, pod, script, traces};
+use super::{idle, pod, script, secured, sleeping, traces};
 
 const VMM: &str = "mayu-vmm";
 const SHIM: &str = "containerd-shim-mayu-v2";
@@ -142,11 +140,11 @@ impl Phase {
         let (config_of, others) = (config.clone(), Others::now());
         let mut scene = Scene { config: config_of, pod: None, container: None, saboteur: None, others };
         if self != Self::RunPodSandbox {
-            let privileged = is_privileged(&config);
+            let sabotaged = is_privileged(&config);
             let mut pod = Cri::connect(&[BUSYBOX]).run(config).unwrap();
-            scene.saboteur = privileged.then(|| pod.run_container(saboteur()).unwrap());
+            scene.saboteur = sabotaged.then(|| pod.run_container(secured("saboteur", privileged())).unwrap());
             if self != Self::CreateContainer {
-                let id = pod.create(container("one", BUSYBOX, &["sleep", "infinity"])).unwrap();
+                let id = pod.create(sleeping("one")).unwrap();
                 if self != Self::StartContainer {
                     pod.start(&id).unwrap();
                 }
@@ -181,7 +179,7 @@ impl Phase {
         let mut pod = cri.find(scene.pod.as_ref().unwrap().id(), scene.config.clone());
         let container_of = || scene.container.as_ref().unwrap();
         match self {
-            Self::CreateContainer => pod.create(container("one", BUSYBOX, &["sleep", "infinity"])).map(drop),
+            Self::CreateContainer => pod.create(sleeping("one")).map(drop),
             Self::StartContainer => pod.start(container_of()),
             Self::Running => succeeding(&mut pod, container_of(), INPUT_AND_OUTPUT),
             Self::ExecStorm => storm(&pod, container_of()),
@@ -214,6 +212,8 @@ pub(super) fn in_every_phase<U>(
     let other = idle(&mut neighbour, "neighbour");
     let config = pod_config(linux.clone());
     for phase in Phase::ALL {
+        // It may have been blamed for what happened to a pod.
+        template::current();
         let scene = phase.prepare(config.clone());
         let answer = strike(phase, &scene, moment, &happen);
         judge(phase, &scene, answer);
@@ -254,7 +254,7 @@ pub(super) fn assert_can_be_run_again(config: PodSandboxConfig) {
 /// A container can be made and used, at the second attempt at the latest. containerd's overlayfs snapshotter may have put a
 /// directory in its place and not written that down; the next snapshot fails on it and takes it away.
 pub(super) fn assert_whole(pod: &mut Pod) {
-    let mut create = || pod.create(container("after", BUSYBOX, &["sleep", "infinity"]));
+    let mut create = || pod.create(sleeping("after"));
     let one = match create() {
         Err(error) if error.message().contains("failed to rename") => create(),
         made => made,
@@ -264,21 +264,9 @@ pub(super) fn assert_whole(pod: &mut Pod) {
     assert_eq!(pod.exec(&one, "echo whole").unwrap(), (0, "whole".to_owned()));
 }
 
-/// A pod that may have a container that is root of the guest.
-pub(super) fn privileged() -> LinuxPodSandboxConfig {
-    let security = LinuxSandboxSecurityContext { privileged: true, ..Default::default() };
-    LinuxPodSandboxConfig { security_context: Some(security), ..Default::default() }
-}
-
 fn is_privileged(config: &PodSandboxConfig) -> bool {
     let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
     security.is_some_and(|security| security.privileged)
-}
-
-fn saboteur() -> ContainerConfig {
-    let security = LinuxContainerSecurityContext { privileged: true, ..private() };
-    let linux = LinuxContainerConfig { security_context: Some(security), ..Default::default() };
-    ContainerConfig { linux: Some(linux), ..container("saboteur", BUSYBOX, &["sleep", "infinity"]) }
 }
 
 /// What is mounted for pods on the host, in the order in which it was.

@@ -5,11 +5,11 @@ use std::fs;
 use k8s_cri::v1::security_profile::ProfileType;
 use k8s_cri::v1::{
     Capability, ContainerConfig, Int64Value, LinuxContainerConfig, LinuxContainerResources,
-    LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, SecurityProfile,
+    LinuxContainerSecurityContext, LinuxPodSandboxConfig, SecurityProfile,
 };
 use mayu_e2e::BUSYBOX;
 use mayu_e2e::configuration::Configuration;
-use mayu_e2e::cri::{Cri, Pod, private};
+use mayu_e2e::cri::{Cri, for_privileged, private, privileged};
 use mayu_e2e::host::processes_named;
 use tonic::Status;
 
@@ -46,18 +46,6 @@ fn assert_denied<T>(result: Result<T, Status>, reason: &str) {
     );
 }
 
-/// A pod that may have privileged containers, as far as containerd goes.
-#[track_caller]
-fn pod_for_privileged() -> Pod {
-    let security = LinuxSandboxSecurityContext { privileged: true, ..Default::default() };
-    let linux = LinuxPodSandboxConfig { security_context: Some(security), ..Default::default() };
-    Cri::connect(&[BUSYBOX]).run_pod(linux).unwrap()
-}
-
-fn privileged() -> LinuxContainerSecurityContext {
-    LinuxContainerSecurityContext { privileged: true, ..private() }
-}
-
 #[test]
 fn what_is_denied_is_told_by_rule_field_and_value_and_leaves_nothing() {
     let before = traces();
@@ -79,7 +67,7 @@ fn what_is_denied_is_told_by_rule_field_and_value_and_leaves_nothing() {
         }
         "#,
     );
-    let mut pod = pod_for_privileged();
+    let mut pod = Cri::connect(&[BUSYBOX]).run_pod(for_privileged()).unwrap();
     let machines = processes_named("mayu-vmm").len();
 
     let sys_admin =
@@ -123,7 +111,7 @@ fn good() -> LinuxContainerSecurityContext {
 #[test]
 fn a_container_that_keeps_to_the_restricted_standard_runs_and_others_do_not() {
     let _policy = named(RESTRICTED);
-    let mut pod = pod_for_privileged();
+    let mut pod = Cri::connect(&[BUSYBOX]).run_pod(for_privileged()).unwrap();
 
     let one = pod.run_container(secured("good", good())).unwrap();
 

@@ -10,7 +10,7 @@ use mayu_e2e::host::processes_named;
 use mayu_e2e::shim::eventually;
 use tonic::Code;
 
-use super::{idle, script};
+use super::{LimitedCgroup, idle, script};
 
 /// The memory that a VM has on top of its pod's limits: `vm.memory_mib`.
 const BASE_MIB: u64 = 256;
@@ -105,6 +105,8 @@ fn the_host_accounts_for_the_vm_in_its_pods_cgroup() {
     let threads = fs::read_to_string(format!("/sys/fs/cgroup{parent}/{}/pids.max", pod.id())).unwrap();
     assert_eq!(threads.trim(), "512");
 
+    // What it has of a template is not its own.
+    script(&mut pod, &one, "dd if=/dev/zero of=/dev/shm/fill bs=1M count=20 2> /dev/null");
     let stats = pod.pod_stats().unwrap().linux.expect("figures of Linux");
     let used = stats.memory.unwrap().working_set_bytes.unwrap().value;
     let guest = memory_mib(&mut pod, &one) << 20;
@@ -191,18 +193,12 @@ fn lists_of_figures_have_every_pod_and_container() {
 
 #[test]
 fn a_vm_at_its_limit_on_the_host_ends_with_a_reason_and_nothing_else_does() {
-    let parent = format!("/mayu-limit-{}", std::process::id());
-    let directory = format!("/sys/fs/cgroup{parent}");
-    fs::create_dir(&directory).unwrap();
-    for controller in ["/sys/fs/cgroup", &directory] {
-        fs::write(format!("{controller}/cgroup.subtree_control"), "+memory").unwrap();
-    }
-    let linux = LinuxPodSandboxConfig { cgroup_parent: parent, ..Default::default() };
+    let cgroup = LimitedCgroup::new("limit");
     let mut other = super::pod();
     let bystander = idle(&mut other, "bystander");
-    let mut pod = Cri::connect(&[BUSYBOX]).run(pod_config(linux)).unwrap();
+    let mut pod = Cri::connect(&[BUSYBOX]).run(pod_config(cgroup.config())).unwrap();
     let greedy = idle(&mut pod, "greedy");
-    fs::write(format!("{directory}/memory.max"), (96 << 20).to_string()).unwrap();
+    cgroup.limit("96M");
 
     // The answer is lost with the VM.
     let _ = pod.exec(
@@ -216,5 +212,5 @@ fn a_vm_at_its_limit_on_the_host_ends_with_a_reason_and_nothing_else_does() {
     assert_eq!(status.exit_code, 137);
     assert!(other.ready() && other.runs(&bystander));
     drop(pod);
-    eventually("the limit's cgroup is empty", || fs::remove_dir(&directory).is_ok());
+    cgroup.remove();
 }

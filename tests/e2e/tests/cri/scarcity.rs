@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use k8s_cri::v1::LinuxPodSandboxConfig;
+use mayu_e2e::cri::for_privileged;
 use mayu_e2e::host::{Process, descriptors};
 use mayu_e2e::mount::HostMount;
 use mayu_e2e::run;
@@ -19,7 +20,7 @@ use nix::time::{ClockId, clock_settime};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use tonic::Status;
 
-use super::phases::{Moment, Phase, Scene, assert_whole, in_every_phase, privileged};
+use super::phases::{Moment, Phase, Scene, assert_whole, in_every_phase};
 
 /// `strerror(ENOSPC)`.
 const NO_SPACE: &str = "No space left on device";
@@ -211,5 +212,5 @@ fn the_clock_jumps() {
 #[test]
 fn the_guest_has_no_more_memory() {
     // The guest's kernel ends whoever has most of it.
-    in_every_phase(&privileged(), Moment::Midway, |scene| scene.sabotage("tail /dev/zero"), unmoved);
+    in_every_phase(&for_privileged(), Moment::Midway, |scene| scene.sabotage("tail /dev/zero"), unmoved);
 }

@@ -5,11 +5,10 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 
 use k8s_cri::v1::{
-    Capability, ContainerConfig, Int64Value, LinuxContainerSecurityContext, LinuxPodSandboxConfig,
-    LinuxSandboxSecurityContext, SupplementalGroupsPolicy,
+    Capability, ContainerConfig, Int64Value, LinuxContainerSecurityContext, SupplementalGroupsPolicy,
 };
 use mayu_e2e::BUSYBOX;
-use mayu_e2e::cri::{Cri, Pod, container, private};
+use mayu_e2e::cri::{Cri, Pod, container, for_privileged, private, privileged};
 use mayu_e2e::image::Image;
 
 use super::{failing, idle, mount, pod, script, secured};
@@ -147,11 +146,8 @@ fn capabilities_are_the_usual_ones_with_what_is_added_and_dropped() {
 
 #[test]
 fn a_privileged_container_may_do_all_in_the_guest_and_has_nothing_of_the_host() {
-    let security = LinuxSandboxSecurityContext { privileged: true, ..Default::default() };
-    let linux = LinuxPodSandboxConfig { security_context: Some(security), ..Default::default() };
-    let mut pod = Cri::connect(&[BUSYBOX]).run_pod(linux).unwrap();
-    let privileged = LinuxContainerSecurityContext { privileged: true, ..private() };
-    let one = pod.run_container(secured("one", privileged)).unwrap();
+    let mut pod = Cri::connect(&[BUSYBOX]).run_pod(for_privileged()).unwrap();
+    let one = pod.run_container(secured("one", privileged())).unwrap();
 
     assert_eq!(capabilities(&mut pod, &one, "1", "CapEff"), ALL_CAPABILITIES);
     script(&mut pod, &one, "mkdir /mnt && mount -t tmpfs none /mnt && echo mounted > /mnt/file");

@@ -3,12 +3,12 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 
-use k8s_cri::v1::{ContainerConfig, LinuxContainerResources, Mount};
+use k8s_cri::v1::{ContainerConfig, LinuxContainerResources};
 use mayu_e2e::cri::{Cri, Pod, container, pod_config};
 use mayu_e2e::shim::eventually;
 use mayu_e2e::{BUSYBOX, NGINX, PATIENCE, PYTHON, REDIS};
 
-use super::{script, traces};
+use super::{mount, script, traces};
 
 /// Counts visits in redis, and writes a page for nginx with what both say.
 const CLIENT: &str = r"
@@ -28,10 +28,6 @@ while True:
         print(error, flush=True)
     time.sleep(0.2)
 ";
-
-fn mount(host: &std::path::Path, container: &str) -> Mount {
-    Mount { container_path: container.into(), host_path: host.display().to_string(), ..Default::default() }
-}
 
 fn get(address: SocketAddr, path: &str) -> std::io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;

@@ -3,6 +3,7 @@
 use std::fs;
 
 use k8s_cri::v1::ContainerConfig;
+use mayu_e2e::counted;
 use mayu_e2e::host::{descriptors, process_status, processes_named, shim_of};
 use mayu_e2e::shim::eventually;
 
@@ -198,7 +199,7 @@ fn two_hundred_execs_leave_nothing_open() {
         outcome(&mut pod, &one, "true").success();
     }
     let before = [held(shim.pid), held(vmm.pid)];
-    for number in 0..count {
+    for number in counted(count, "execs") {
         assert_eq!(outcome(&mut pod, &one, &format!("echo {number}")).success().text(), number.to_string());
     }
     eventually(&format!("shim and VMM hold no more than {before:?}"), || {

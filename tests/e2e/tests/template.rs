@@ -1,0 +1,163 @@
+//! Pods that go on from a template: they are whole pods, share no secret, and a template that is of no use harms none.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use mayu_e2e::configuration::Configuration;
+use mayu_e2e::shim::eventually;
+use mayu_e2e::template::{DIRECTORY, current, mayu_template};
+use mayu_e2e::{Container, counted};
+
+/// How often a maker is killed, each time a little later.
+const KILLS: u32 = 10;
+
+/// Done to an open file of a template.
+type Damage = fn(&File);
+
+/// The directories of those that are whole.
+fn templates() -> Vec<PathBuf> {
+    let entries = fs::read_dir(DIRECTORY).unwrap().map(|entry| entry.unwrap().path());
+    let is_number = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().parse::<u64>().is_ok();
+    entries.filter(is_number).collect()
+}
+
+/// Whether a container's VM goes on from a template: it has that one's memory.
+fn is_from_template(container: &Container) -> bool {
+    fs::read_to_string(format!("/proc/{}/maps", container.pid())).unwrap().contains(DIRECTORY)
+}
+
+/// How many pods are compared.
+fn clones() -> i32 {
+    std::env::var("MAYU_TEST_CLONES").map_or(50, |count| count.parse().unwrap())
+}
+
+#[test]
+fn a_pod_goes_on_from_the_template_and_has_the_host_s_clock() {
+    let path = current();
+    let name = path.file_name().unwrap().to_str().unwrap();
+    let line = mayu_template(&["list"]).success().text();
+    assert!(
+        line.lines().any(|line| line.starts_with(name) && line.ends_with("pods start from it")),
+        "{line}"
+    );
+
+    let container = Container::idle(&[]);
+
+    assert!(is_from_template(&container));
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let inside: u64 = container.script("date +%s").parse().unwrap();
+    assert!(inside.abs_diff(seconds) <= 5, "{inside} there, {seconds} here");
+    container.remove();
+    let _configuration = Configuration::set("template", "enabled", "false");
+    let container = Container::idle(&[]);
+    assert!(!is_from_template(&container));
+    container.remove();
+}
+
+#[test]
+fn no_two_pods_from_one_template_share_a_secret() {
+    current();
+    let secrets = "cat /proc/sys/kernel/random/uuid /proc/sys/kernel/random/boot_id
+        head -c 16 /dev/urandom | od -An -tx1
+        sed -n 's/-.*\\[stack\\]//p' /proc/self/maps";
+    let mut seen = HashSet::new();
+    for pod in counted(clones(), "pods") {
+        let container = Container::idle(&[]);
+        assert!(is_from_template(&container));
+        let secrets = container.script(secrets);
+        assert_eq!(secrets.lines().count(), 4, "{secrets}");
+        for secret in secrets.lines() {
+            assert!(seen.insert(secret.to_owned()), "pod {pod} has the secret {secret} of another one");
+        }
+        container.remove();
+    }
+}
+
+#[test]
+fn a_damaged_template_is_refused_and_the_pod_boots() {
+    let damages: [(&str, Damage); 3] = [
+        ("state", |state| state.write_all_at(b"x", state.metadata().unwrap().len() / 2).unwrap()),
+        ("state", |state| state.set_len(100).unwrap()),
+        ("memory", |memory| memory.set_len(memory.metadata().unwrap().len() - 4096).unwrap()),
+    ];
+    for (name, damage) in damages {
+        let template = current();
+        damage(&File::options().write(true).open(template.join(name)).unwrap());
+
+        let container = Container::idle(&[]);
+
+        assert!(!is_from_template(&container), "{name}");
+        assert!(!template.exists(), "{name}");
+        container.remove();
+    }
+    current();
+}
+
+#[test]
+fn damage_is_found_by_looking_for_it() {
+    let template = current();
+    let good = mayu_template(&["verify"]).success().text();
+    assert!(good.contains("its agent answered"), "{good}");
+
+    // The first page of a guest's kernel, at 16 MiB, is not empty.
+    File::options()
+        .write(true)
+        .open(template.join("memory"))
+        .unwrap()
+        .write_all_at(b"damage", 16 << 20)
+        .unwrap();
+
+    let outcome = mayu_template(&["verify", template.file_name().unwrap().to_str().unwrap()]);
+    assert_eq!(outcome.code, 1);
+    assert!(outcome.text().contains("its memory is damaged"), "{}", outcome.text());
+    mayu_template(&["delete", template.file_name().unwrap().to_str().unwrap()]).success();
+    assert!(!template.exists());
+    current();
+}
+
+#[test]
+fn whoever_finds_none_has_one_made_for_the_next() {
+    fs::remove_dir_all(current()).unwrap();
+    let _configuration = Configuration::set("template", "on_demand", "true");
+
+    let first = Container::idle(&[]);
+    assert!(!is_from_template(&first));
+    eventually("a template is made", || !templates().is_empty());
+    let second = Container::idle(&[]);
+    assert!(is_from_template(&second));
+
+    // It is one more machine, and the template's is gone.
+    first.remove();
+    second.remove();
+    eventually("its maker is gone", || mayu_template(&["create"]).text().starts_with("template"));
+}
+
+#[test]
+fn a_maker_that_is_killed_leaves_what_was_there() {
+    let before = current();
+    let _configuration = Configuration::set("vm", "kernel_args", "\"mayu.debug\"");
+    for kill in 0..KILLS {
+        let mut maker = Command::new("mayu").args(["template", "create"]).spawn().unwrap();
+        sleep(Duration::from_millis(400) * kill);
+        maker.kill().unwrap();
+        maker.wait().unwrap();
+
+        for template in templates() {
+            let name = template.file_name().unwrap().to_str().unwrap();
+            mayu_template(&["verify", name]).success();
+        }
+        assert!(before.exists());
+    }
+    let made = current();
+    assert_ne!(made, before);
+    assert_eq!(templates().len(), 2);
+    let container = Container::idle(&[]);
+    assert!(is_from_template(&container));
+    container.remove();
+    mayu_template(&["delete", made.file_name().unwrap().to_str().unwrap()]).success();
+}
