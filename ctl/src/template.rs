@@ -7,8 +7,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use mayu_shim::config::Config;
 use mayu_shim::template::{self, Store, Template};
 use mayu_shim::vmm_process::HostFiles;
-use mayu_shim::{Error, Result, log};
+use mayu_shim::{Error, Result};
 use mayu_vmm_api::VmConfig;
+use slog::{Discard, Logger, o};
 
 /// Options of `mayu template`.
 #[derive(clap::Args)]
@@ -55,10 +56,11 @@ pub fn run(args: &Args) -> ExitCode {
 
 fn create(config: &Config) -> Result<bool> {
     if !config.template.enabled {
-        return Err(Error::InvalidArgument("template.enabled is false in the configuration file".into()));
+        // As a unit of systemd it has not failed.
+        return print(&["none is made: template.enabled is false in the configuration file".to_owned()]);
     }
     let began = Instant::now();
-    let made = block_on(template::make(config, &log::logger(io::stderr(), "template", false)))?;
+    let made = block_on(template::make(config, &silent()))?;
     let line = match made {
         Some(template) => format!(
             "template {}: {} MiB, of which {} MiB are not empty; {:.1} s",
@@ -114,7 +116,7 @@ fn age(made: u64) -> String {
 
 fn verify(config: &Config, name: Option<&str>) -> Result<bool> {
     let now = current(config)?;
-    let log = log::logger(io::stderr(), "template", false);
+    let log = silent();
     let templates = match name {
         Some(name) => vec![named(config, name)?],
         None => Store::new(config).list()?,
@@ -146,6 +148,11 @@ fn named(config: &Config, name: &str) -> Result<Template> {
 /// What a template would be made of today.
 fn current(config: &Config) -> Result<VmConfig> {
     template::machine(&config.vm, &HostFiles::open(&config.vm)?)
+}
+
+/// What people ought to know is in the answer or the error.
+fn silent() -> Logger {
+    Logger::root(Discard, o!())
 }
 
 fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
