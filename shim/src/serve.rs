@@ -31,6 +31,9 @@ const LINGER: Duration = Duration::from_millis(50);
 /// How many descriptors the shim may have: each stream of a process is several, and a pod may have hundreds of containers.
 const DESCRIPTORS: u64 = 1 << 16;
 
+/// For how many there is room from the start.
+const DESCRIPTOR_TABLE: i32 = 512;
+
 /// Serves until containerd asks for the shutdown or a signal ends it. The working directory is the bundle, standard
 /// input is the listening socket, standard error the bundle's log.
 ///
@@ -81,6 +84,9 @@ fn allow_descriptors() {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, hard.max(DESCRIPTORS))
             .or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard.min(DESCRIPTORS), hard));
     }
+    // The kernel makes the table of descriptors larger at once when there is a single thread. Among several it waits for a grace
+    // period of RCU, some milliseconds: `expand_fdtable` in its fs/file.c.
+    let _ = rustix::io::fcntl_dupfd_cloexec(std::io::stdin(), DESCRIPTOR_TABLE - 1);
 }
 
 fn inherited_listener() -> Result<UnixListener> {

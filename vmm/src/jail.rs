@@ -26,7 +26,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{ForkResult, Pid, fork};
 use rustix::fs::{Mode, OFlags, fstat, open, stat};
-use rustix::io::Errno;
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind_recursive, mount_change,
     mount_remount, unmount,
@@ -47,6 +47,9 @@ mod landlock;
 
 /// How many descriptors the process may have: the kernel's default `fs.nr_open`.
 const DESCRIPTORS: u64 = 1 << 20;
+
+/// For how many there is room from the start: those of the devices, and of the files that a guest with some programs knows.
+const DESCRIPTOR_TABLE: u64 = 4096;
 
 /// What the process may have mapped beyond the guest's memory: the stacks of all threads, the allocator's arenas, the program.
 /// Much of that is address space only.
@@ -105,6 +108,7 @@ pub fn enter(share: OwnedFd, uid: u32, announce: impl FnOnce(Pid) -> Result<()>)
         }
         ForkResult::Child => {
             drop(outside);
+            enlarge_descriptor_table(&inside);
             build_root(share)?;
             request_id_maps(inside)?;
             become_unprivileged(uid)?;
@@ -121,6 +125,16 @@ fn allow_descriptors() {
     if getrlimit(Resource::Nofile).maximum.is_some_and(|maximum| maximum < DESCRIPTORS) {
         // Where `fs.nr_open` is less, what is allowed has to do: the device keeps to it.
         let _ = setrlimit(Resource::Nofile, wanted);
+    }
+}
+
+/// Has the kernel make the table of descriptors larger, to which `any` belongs, while the process has a single thread. When threads share
+/// a table that grows, the kernel waits for a grace period of RCU, which takes some milliseconds: `expand_fdtable` in its fs/file.c.
+fn enlarge_descriptor_table(any: &UnixStream) {
+    let allowed = getrlimit(Resource::Nofile).current.unwrap_or(DESCRIPTORS);
+    if let Ok(last) = i32::try_from(allowed.min(DESCRIPTOR_TABLE).saturating_sub(1)) {
+        // The copy is closed at once. Without room for it the table grows when it has to.
+        let _ = fcntl_dupfd_cloexec(any, last);
     }
 }
 
