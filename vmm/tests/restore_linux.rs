@@ -66,12 +66,14 @@ fn run<T>(machine: &Machine, events: &mut EventLoop, mut done: impl FnMut() -> O
     }
 }
 
-/// A machine's state without what goes on while it stands still: the host's clocks.
+/// A machine's state without what goes on while it stands still, the host's clocks, and without what KVM computes anew from the rest when
+/// it sets it or before it needs it: the local APIC's processor priority (Intel SDM, volume 3, 12.8.3.1).
 fn lasting(snapshot: &Snapshot) -> Value {
     // The TSC, and a vCPU's run time and the machine's age as Hyper-V's guests read them (TLFS, HV_X64_MSR_VP_RUNTIME,
     // HV_X64_MSR_TIME_REF_COUNT).
     const CLOCKS: [u32; 3] = [0x10, 0x4000_0010, 0x4000_0020];
     const TIMER_COUNT: std::ops::Range<usize> = 0x390..0x394;
+    const PROCESSOR_PRIORITY: std::ops::Range<usize> = 0xa0..0xa4;
     let is_clock = |msr: &Value| {
         let index = CLOCKS.map(|clock| clock.to_le_bytes().map(Value::from));
         index.iter().any(|index| msr.as_array().unwrap().starts_with(index))
@@ -80,7 +82,9 @@ fn lasting(snapshot: &Snapshot) -> Value {
     state["vm"]["clock"].take();
     for vcpu in state["vcpus"].as_array_mut().unwrap() {
         vcpu["msrs"].as_array_mut().unwrap().retain(|msr| !is_clock(msr));
-        vcpu["lapic"].as_array_mut().unwrap()[TIMER_COUNT].fill(Value::Null);
+        for derived in [TIMER_COUNT, PROCESSOR_PRIORITY] {
+            vcpu["lapic"].as_array_mut().unwrap()[derived].fill(Value::Null);
+        }
     }
     state
 }
