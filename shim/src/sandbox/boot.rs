@@ -112,7 +112,9 @@ impl Sandbox {
             }
             Err(error) => {
                 let Abandoned { error, may_be_the_template } = begun.abandon(error).await;
-                if let Some(template) = template.filter(|_| may_be_the_template) {
+                // What the VMM refuses from here on is something of the pod's.
+                let of_the_guest = matches!(error, Error::Boot { .. } | Error::BootTimeout { .. });
+                if let Some(template) = template.filter(|_| may_be_the_template && of_the_guest) {
                     template.discard(&error, log);
                 }
                 Err(error)
