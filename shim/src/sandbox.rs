@@ -32,7 +32,7 @@ use crate::vmm_process::VmmProcess;
 use crate::{Error, Result, cgroup};
 
 pub use boot::Blueprint;
-pub(crate) use boot::{wait_for_agent, with_console};
+pub(crate) use boot::{too_late, wait_for_agent, with_console};
 
 use network::Network;
 use size::Sizes;

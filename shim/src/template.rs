@@ -17,7 +17,6 @@
 
 mod make;
 
-use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt as _;
@@ -109,10 +108,7 @@ pub fn machine(vm: &Vm, files: &HostFiles) -> Result<VmConfig> {
         uid: 0,
         net_limit: RateLimit::default(),
         block_limit: RateLimit::default(),
-        made_of: made_of
-            .map(|(name, identity)| (name.to_owned(), identity))
-            .into_iter()
-            .collect::<BTreeMap<_, _>>(),
+        made_of: made_of.map(|(name, identity)| (name.to_owned(), identity)).into(),
     })
 }
 
@@ -226,11 +222,7 @@ impl Template {
     /// What is not the same any more in `now`, the machine that would be a template's today.
     pub fn outdated(&self, now: &VmConfig) -> Option<String> {
         let saved = &self.description.machine;
-        let nothing = String::new();
-        let other = saved.made_of.keys().find(|name| {
-            let of = |machine: &VmConfig| machine.made_of.get(*name).unwrap_or(&nothing).clone();
-            of(saved) != of(now)
-        });
+        let other = saved.made_of.keys().find(|name| saved.made_of.get(*name) != now.made_of.get(*name));
         match other {
             Some(name) => Some(format!("another {name}")),
             None => (saved != now).then(|| "another configuration".to_owned()),

@@ -217,7 +217,8 @@ async fn build(
     }
 }
 
-fn too_late(config: &Config) -> Error {
+/// The agent has not reported in by its deadline.
+pub(crate) fn too_late(config: &Config) -> Error {
     Error::BootTimeout { seconds: config.timeouts.boot, console: String::new() }
 }
 

@@ -16,15 +16,15 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::{Description, Store, Template, checksum, machine, now, number};
+use crate::Result;
 use crate::agent::Agent;
 use crate::config::Config;
 use crate::console::{Console, Source};
 use crate::error::file;
-use crate::sandbox::{wait_for_agent, with_console};
+use crate::sandbox::{too_late, wait_for_agent, with_console};
 use crate::state_dir;
 use crate::uids::Lease;
 use crate::vmm_process::{Building, HostFiles, Origin, Spawned, VmmProcess};
-use crate::{Error, Result};
 
 /// Makes the template of a configuration, where it is not there. None where another process is making one.
 ///
@@ -195,8 +195,7 @@ async fn answering(config: &Config, spawned: &mut Spawned, log: &Logger) -> Resu
         agent.health().await?;
         Ok((ready, agent))
     };
-    let too_late = |_| Error::BootTimeout { seconds: config.timeouts.boot, console: String::new() };
-    timeout(config.timeouts.boot(), boot).await.map_err(too_late)?
+    timeout(config.timeouts.boot(), boot).await.map_err(|_| too_late(config))?
 }
 
 /// Writes down what was saved.
