@@ -45,6 +45,15 @@ pub const NGINX: &str = "docker.io/mayu/nginx:test";
 /// How long anything may take before a test gives up on it. The lab's processor is software.
 pub const PATIENCE: std::time::Duration = std::time::Duration::from_secs(180);
 
+/// How many of something a test tries: what the environment says, or else so many.
+///
+/// # Panics
+/// The environment says something else than a number.
+pub fn how_many<T: std::str::FromStr>(variable: &str, otherwise: T) -> T {
+    let number = |text: String| text.parse().ok().expect("a number");
+    std::env::var(variable).map_or(otherwise, number)
+}
+
 /// The numbers below `count`. Says after each hundred how far it is, for what takes a while.
 pub fn counted(count: i32, what: &str) -> impl Iterator<Item = i32> {
     (0..count).inspect(move |number| {

@@ -3,7 +3,7 @@
 use std::thread;
 
 use mayu_e2e::host::Traces;
-use mayu_e2e::{BUSYBOX, Container, counted};
+use mayu_e2e::{BUSYBOX, Container, counted, how_many};
 
 /// containerd keeps the namespace's directory, which the first container makes.
 fn warm_up() {
@@ -13,7 +13,7 @@ fn warm_up() {
 /// Fifty of them, or as many as the environment says.
 #[test]
 fn pods_one_after_another_leave_nothing() {
-    let pods = std::env::var("MAYU_TEST_PODS").map_or(50, |pods| pods.parse().unwrap());
+    let pods = how_many("MAYU_TEST_PODS", 50);
     warm_up();
     let before = Traces::now();
     for number in counted(pods, "pods") {

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use mayu_e2e::configuration::Configuration;
 use mayu_e2e::shim::eventually;
 use mayu_e2e::template::{DIRECTORY, current, mayu_template};
-use mayu_e2e::{Container, counted};
+use mayu_e2e::{Container, counted, how_many};
 
 /// How often a maker is killed, each time a little later.
 const KILLS: u32 = 10;
@@ -29,11 +29,6 @@ fn templates() -> Vec<PathBuf> {
 /// Whether a container's VM goes on from a template: it has that one's memory.
 fn is_from_template(container: &Container) -> bool {
     fs::read_to_string(format!("/proc/{}/maps", container.pid())).unwrap().contains(DIRECTORY)
-}
-
-/// How many pods are compared.
-fn clones() -> i32 {
-    std::env::var("MAYU_TEST_CLONES").map_or(50, |count| count.parse().unwrap())
 }
 
 #[test]
@@ -66,7 +61,7 @@ fn no_two_pods_from_one_template_share_a_secret() {
         head -c 16 /dev/urandom | od -An -tx1
         sed -n 's/-.*\\[stack\\]//p' /proc/self/maps";
     let mut seen = HashSet::new();
-    for pod in counted(clones(), "pods") {
+    for pod in counted(how_many("MAYU_TEST_CLONES", 50), "pods") {
         let container = Container::idle(&[]);
         assert!(is_from_template(&container));
         let secrets = container.script(secrets);

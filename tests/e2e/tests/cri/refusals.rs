@@ -11,7 +11,7 @@ use mayu_e2e::configuration::Configuration;
 use mayu_e2e::cri::{Cri, by_sandbox_api, container};
 use mayu_e2e::host::processes_named;
 use mayu_e2e::image::Image;
-use mayu_e2e::{BUSYBOX, run};
+use mayu_e2e::{BUSYBOX, how_many, run};
 
 use super::{annotated, idle, mount, pod, script, sleeping, traces};
 
@@ -158,7 +158,7 @@ fn annotations_of_mayu_do_what_the_operator_allows_and_no_more() {
 
 #[test]
 fn many_containers_fit_into_one_pod() {
-    let count = std::env::var("MAYU_TEST_CONTAINERS").map_or(CONTAINERS, |text| text.parse().unwrap());
+    let count = how_many("MAYU_TEST_CONTAINERS", CONTAINERS);
     let before = traces();
     let mut pod = pod();
     let machines = processes_named("mayu-vmm").len();

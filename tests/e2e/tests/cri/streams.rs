@@ -3,9 +3,9 @@
 use std::fs;
 
 use k8s_cri::v1::ContainerConfig;
-use mayu_e2e::counted;
 use mayu_e2e::host::{descriptors, process_status, processes_named, shim_of};
 use mayu_e2e::shim::eventually;
+use mayu_e2e::{counted, how_many};
 
 use super::{exited, idle, outcome, pod, running, wait_for_output};
 
@@ -189,7 +189,7 @@ fn held(pid: u32) -> [usize; 3] {
 /// As many as the probes of a busy pod make in a minute or so. `MAYU_TEST_EXECS` says how many else.
 #[test]
 fn two_hundred_execs_leave_nothing_open() {
-    let count = std::env::var("MAYU_TEST_EXECS").map_or(200, |text| text.parse().unwrap());
+    let count = how_many("MAYU_TEST_EXECS", 200);
     let mut pod = pod();
     let one = idle(&mut pod, "one");
     let [vmm] = &processes_named("mayu-vmm")[..] else { panic!("one VMM") };
