@@ -17,6 +17,7 @@ use containerd_shim_protos::shim_async::{Task, TaskClient, create_task};
 use nix::libc;
 use protobuf::MessageField;
 use slog::{debug, info};
+use tokio::time::timeout;
 use ttrpc::r#async::{Service, TtrpcContext};
 use ttrpc::context::Context;
 
@@ -282,8 +283,21 @@ async fn kill(pod: Arc<Pod>, request: KillRequest) -> Result<Empty> {
         kill_pod(&pod, &process, request.signal).await?;
         return Ok(Empty::new());
     }
-    let kill = async |task: TaskClient| task.kill(Context::default(), &request).await;
-    pod.running_sandbox()?.agent.task("send a signal", kill).await
+    let sent = match pod.running_sandbox() {
+        Ok(sandbox) => {
+            let kill = async |task: TaskClient| task.kill(Context::default(), &request).await;
+            sandbox.agent.task("send a signal", kill).await
+        }
+        Err(gone) => Err(gone),
+    };
+    match sent {
+        // It dies with its VM. Who wants its end has it, and would give up on another answer: containerd's CRI plugin does.
+        Err(error @ (Error::SandboxGone(_) | Error::AgentConnection { .. })) => {
+            let known = timeout(pod.sandbox()?.config.timeouts.request(), process.wait()).await;
+            Err(known.map_or(error, |_| Error::Finished))
+        }
+        sent => sent,
+    }
 }
 
 /// Ends what stands for the pod. The VM goes with its last container.

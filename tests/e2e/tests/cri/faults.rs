@@ -1,14 +1,18 @@
 //! A pod's shim, VMM or guest ended or stopped in the middle of each phase: the pod is told to have ended, leaves nothing, and no
 //! other notices.
 
+use std::thread;
+use std::time::Duration;
+
 use k8s_cri::v1::LinuxPodSandboxConfig;
-use mayu_e2e::cri::for_privileged;
-use mayu_e2e::host::Process;
+use mayu_e2e::BUSYBOX;
+use mayu_e2e::cri::{container, for_privileged};
+use mayu_e2e::host::{Process, processes_named, shim_of};
 use mayu_e2e::shim::eventually;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::LimitedCgroup;
+use super::{LimitedCgroup, pod};
 use super::phases::{Moment, Phase, Scene, in_every_phase};
 
 /// A process that is gone by now has nothing to fear.
@@ -58,6 +62,24 @@ fn the_vmm_is_killed() {
     ends_in_every_phase(&LinuxPodSandboxConfig::default(), &[KILLED], |scene| {
         signal(scene.vmm(), Signal::SIGKILL);
     });
+}
+
+#[test]
+fn a_stop_that_meets_the_end_of_the_vmm_succeeds() {
+    for _ in 0..3 {
+        let mut pod = pod();
+        pod.run_container(container("idle", BUSYBOX, &["sleep", "1000"])).unwrap();
+        let shim = Pid::from_raw(shim_of(pod.id()).pid.cast_signed());
+        kill(shim, Signal::SIGSTOP).unwrap();
+        thread::scope(|scope| {
+            let stop = scope.spawn(|| pod.remove());
+            signal(processes_named("mayu-vmm").pop(), Signal::SIGKILL);
+            // The shim is to find the request and the end of its VMM at once.
+            thread::sleep(Duration::from_millis(500));
+            kill(shim, Signal::SIGCONT).unwrap();
+            stop.join().unwrap().unwrap();
+        });
+    }
 }
 
 #[test]
