@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use kvm_ioctls::VcpuFd;
-use mayu_vmm_api::{BLOCK_SLOTS, MAX_NET_SLOTS, MAX_VCPUS, RateLimit, VmConfig};
-use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
+use mayu_vmm_api::{BLOCK_SLOTS, MAX_NET_SLOTS, MAX_VCPUS, RateLimit, VmConfig, WorkingSet};
+use vm_memory::{GuestAddress, GuestAddressSpace as _, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::cpuid::{CpuidTemplate, processor};
@@ -29,6 +29,7 @@ use crate::event_loop::EventLoop;
 use crate::kvm::Vm;
 use crate::machine::Machine;
 use crate::memory::{self, Backing};
+use crate::prefetch::{self, Prefetch};
 use crate::seccomp::Confinement;
 use crate::snapshot::Snapshot;
 use crate::vcpu::{Shared, Vcpus, exit_channel};
@@ -120,7 +121,8 @@ pub fn build(
 }
 
 /// Builds a machine that goes on from where another was saved, with a copy of that one's memory. It is paused. Memory that was
-/// plugged in is not there: it has to be saved before there is any.
+/// plugged in is not there: it has to be saved before there is any. What `working_set` says of the time until its agent answers is mapped
+/// already.
 ///
 /// # Errors
 /// As [`build`], or the state is not that of a machine with this description.
@@ -128,6 +130,7 @@ pub fn restore(
     config: &VmConfig,
     snapshot: &Snapshot,
     memory: &File,
+    working_set: Option<WorkingSet>,
     parts: Parts,
     events: &EventLoop,
 ) -> Result<Machine> {
@@ -138,7 +141,17 @@ pub fn restore(
         return Err(Error::RestoreMachine { vcpus: state.vcpus.len(), devices: state.devices.len() });
     }
     let memory = memory::map(config.memory_mib, config.max_memory_mib, Backing::CopyOf(memory))?;
-    assemble(config, &Origin::Saved(snapshot), memory, parts, events)
+    let mut machine = assemble(config, &Origin::Saved(snapshot), memory, parts, events)?;
+    let memory = machine.memory.memory();
+    match working_set {
+        Some(WorkingSet { agent, container }) => {
+            Prefetch::new(agent, machine.vcpus.idle())?.run(&memory);
+            machine.prefetch = container;
+        }
+        None => prefetch::page_by_page(&memory),
+    }
+    drop(memory);
+    Ok(machine)
 }
 
 /// Where the guest starts.
@@ -194,8 +207,10 @@ fn assemble(
         entered: entered.clone(),
         confinement: parts.confinement,
     };
+    let mut vcpus = Vcpus::new(fds, vm.run_size(), shared)?;
+    vcpus.start(config.vcpus)?;
     Ok(Machine {
-        vcpus: Vcpus::start(fds, vm.run_size(), &shared)?,
+        vcpus,
         vm,
         bus,
         names,
@@ -209,6 +224,7 @@ fn assemble(
         is_template: false,
         memory,
         config: config.clone(),
+        prefetch: Vec::new(),
         growth,
     })
 }

@@ -36,6 +36,8 @@ pub enum Beginning {
         state: File,
         /// Its memory.
         memory: File,
+        /// What another one like this has touched of it, if that is known.
+        working_set: Option<File>,
     },
 }
 
@@ -126,8 +128,10 @@ impl Control {
                 (config, kvm, beginning, image, share, console)
             }
             Request::Restore(config) => {
+                let mut fds = fds;
+                let working_set = fds.split_off(fds.len().min(6)).pop().map(File::from);
                 let [kvm, state, memory, image, share, console] = all(operation, fds)?;
-                let beginning = Beginning::Saved { state: state.into(), memory: memory.into() };
+                let beginning = Beginning::Saved { state: state.into(), memory: memory.into(), working_set };
                 (config, kvm, beginning, image, share, console)
             }
             _ => return Err(Error::FirstRequest),
@@ -228,6 +232,8 @@ impl Control {
             Request::AttachNet { slot } => {
                 only(request.name(), fds).and_then(|tap| machine.attach_net(slot, tap.into()))
             }
+            Request::Prefetch => machine.prefetch(),
+            Request::StartVcpus { vcpus } => machine.start_vcpus(vcpus),
             Request::ResizeMemory { memory_mib } => machine.resize_memory(memory_mib),
             Request::Status => {
                 let body = Reply::Status(machine.status());

@@ -126,6 +126,20 @@ pub enum Error {
         /// What was asked for.
         max_mib: u32,
     },
+    /// There is no thread for mapping memory.
+    #[error("start a thread that maps memory: {0}")]
+    PrefetchThread(#[source] io::Error),
+    /// A vCPU cannot be used by two threads.
+    #[error("duplicate a vCPU's descriptor: {0}")]
+    DuplicateVcpu(#[source] io::Error),
+    /// The guest is to bring up vCPUs that the machine does not have.
+    #[error("the guest cannot have {count} vCPUs: the machine has {vcpus}")]
+    StartVcpus {
+        /// What was asked for.
+        count: u8,
+        /// All that it may have.
+        vcpus: u8,
+    },
     /// This machine's memory cannot have such a size.
     #[error("this machine cannot have {mib} MiB of memory, but {least} to {most} MiB")]
     ResizeMemory {

@@ -13,6 +13,7 @@ pub mod kvm;
 pub mod log;
 pub mod machine;
 pub mod memory;
+mod prefetch;
 pub mod seccomp;
 pub mod snapshot;
 pub mod thread;

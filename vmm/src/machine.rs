@@ -3,9 +3,11 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
+use std::thread::Builder;
 use std::time::Instant;
 
-use mayu_vmm_api::{ExitReason, Status, VmConfig};
+use mayu_vmm_api::{ExitReason, Pages, Status, VmConfig};
+use vm_memory::GuestAddressSpace as _;
 
 use crate::arch::cpuid::processor;
 use crate::bus::{Bus, SharedTransport, lock};
@@ -19,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::event_loop::Registrar;
 use crate::kvm::Vm;
 use crate::memory;
+use crate::prefetch::Prefetch;
 use crate::snapshot::{MachineState, Snapshot};
 use crate::vcpu::{ExitReceiver, Vcpus};
 
@@ -41,6 +44,8 @@ pub struct Machine {
     pub(crate) memory: GuestMemory,
     /// What it was built from.
     pub(crate) config: VmConfig,
+    /// What its first container will touch.
+    pub(crate) prefetch: Vec<Pages>,
     /// Where its memory grows, if it can.
     pub(crate) growth: Option<MemHandle>,
 }
@@ -57,9 +62,41 @@ impl Machine {
         for device in self.bus.virtio() {
             lock(device).resume();
         }
-        self.vcpus.resume()?;
+        self.vcpus.resume(0)?;
         self.running = true;
         Ok(())
+    }
+
+    /// Maps what the first container will touch, if that is known, in a thread of its own.
+    ///
+    /// # Errors
+    /// The host has no thread for it.
+    pub fn prefetch(&mut self) -> Result<()> {
+        let pages = std::mem::take(&mut self.prefetch);
+        if pages.is_empty() {
+            return Ok(());
+        }
+        let prefetch = Prefetch::new(pages, self.vcpus.idle())?;
+        let memory = self.memory.memory();
+        // It inherits the event loop's filter, has to do with nothing that the guest says, and ends soon.
+        Builder::new()
+            .name("prefetch".into())
+            .spawn(move || prefetch.run(&memory))
+            .map_err(Error::PrefetchThread)?;
+        Ok(())
+    }
+
+    /// Lets the guest bring up the first `count` vCPUs. It keeps those that it has had.
+    ///
+    /// # Errors
+    /// The machine has fewer, or the host has no thread for one.
+    pub fn start_vcpus(&mut self, count: u8) -> Result<()> {
+        if count > self.config.max_vcpus {
+            return Err(Error::StartVcpus { count, vcpus: self.config.max_vcpus });
+        }
+        let first = self.vcpus.started();
+        self.vcpus.start(count)?;
+        if self.running { self.vcpus.resume(first) } else { Ok(()) }
     }
 
     /// Stops the vCPUs between two instructions, and then the devices between two requests.

@@ -13,7 +13,7 @@ use mayu_vmm::jail::{self, Side};
 use mayu_vmm::log::{self, RateLimit};
 use mayu_vmm::machine::Machine;
 use mayu_vmm::seccomp::{Confinement, Kind};
-use mayu_vmm::snapshot::Snapshot;
+use mayu_vmm::snapshot::{self, Snapshot};
 use mayu_vmm_api::{Event, ExitReason, VmConfig};
 use slog::{Logger, error, info, o, warn};
 
@@ -56,7 +56,7 @@ fn run(
     log: &Logger,
 ) -> Result<()> {
     let mut events = EventLoop::new()?;
-    let (mut machine, landlock) = match prepare(config, resources, &mut control, &events, started) {
+    let (mut machine, landlock) = match prepare(config, resources, &mut control, &events, started, log) {
         Ok(Some(prepared)) => prepared,
         Ok(None) => return Ok(()),
         Err(error) => {
@@ -82,6 +82,7 @@ fn prepare(
     control: &mut Control,
     events: &EventLoop,
     started: Instant,
+    log: &Logger,
 ) -> Result<Option<(Machine, RulesetStatus)>> {
     builder::check(config)?;
     let announce = |pid: nix::unistd::Pid| control.announce(Event::Started { pid: pid.as_raw() });
@@ -111,8 +112,9 @@ fn prepare(
         Beginning::Template { kernel, memory } => {
             builder::build(config, kernel, Some(&memory), parts, events)?
         }
-        Beginning::Saved { state, memory } => {
-            builder::restore(config, &Snapshot::read(state)?, &memory, parts, events)?
+        Beginning::Saved { state, memory, working_set } => {
+            let working_set = working_set.and_then(|file| snapshot::read_working_set(file, log));
+            builder::restore(config, &Snapshot::read(state)?, &memory, working_set, parts, events)?
         }
     };
     confinement.enter(Kind::EventLoop)?;

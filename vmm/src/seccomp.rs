@@ -1,8 +1,8 @@
 //! Which system calls each kind of thread may make, and why. Any other ends the process.
 //!
 //! A thread enters its filter before it has to do with anything that the guest controls. Filters are inherited: the event
-//! loop starts the threads of block and network devices while the guest runs, so that those pass its filter first, and
-//! then one of their own, which allows less.
+//! loop starts the threads of block and network devices, and of vCPUs that come later, while the guest runs, so that those pass its
+//! filter first, and then one of their own, which allows less.
 //!
 //! The tables below are all that there is to it. [`Kind::table`] gives them to the test that runs pods and looks whether a
 //! line is still needed.
@@ -144,13 +144,14 @@ const EVENT_LOOP: &[Allowed] = &[
     allow!(SYS_ioctl, "a stream that does not block", equal(1, FIONBIO)),
     allow!(SYS_ioctl, "whether a descriptor is a TAP", equal(1, TUNGETIFF)),
     allow!(SYS_ioctl, "the header before a TAP's packets", equal(1, TUNSETVNETHDRSZ)),
-    allow!(SYS_ioctl, "what packets the guest can take", equal(1, TUNSETOFFLOAD)),
     allow!(SYS_fcntl, "a TAP that does not block", equal(1, F_GETFL as u64)),
     allow!(SYS_fcntl, "a TAP that does not block", equal(1, F_SETFL as u64)),
-    allow!(SYS_fcntl, "a descriptor for a device's thread", equal(1, F_DUPFD_CLOEXEC as u64)),
     allow!(SYS_lseek, "the size of a disk"),
     allow!(SYS_sysinfo, "whether the host has the memory that the guest is to get"),
-    allow!(SYS_clone, "a thread of a block or network device, and no process", equal(0, THREAD)),
+    allow!(SYS_clone, "a thread of a device or a vCPU, and no process", equal(0, THREAD)),
+    allow!(SYS_madvise, "what the first container will read", equal(2, MADV_POPULATE_READ as u64)),
+    allow!(SYS_madvise, "what the first container will write", equal(2, MADV_POPULATE_WRITE as u64)),
+    allow!(SYS_ioctl, "what the first container will touch, for the guest", equal(1, KVM_PRE_FAULT_MEMORY)),
     allow!(SYS_set_robust_list, "the start of a thread"),
     allow!(SYS_rseq, "the start of a thread"),
     allow!(SYS_sched_getaffinity, "the start of a thread: where its stack ends"),
@@ -179,18 +180,17 @@ const KVM_RUN: u64 = 0xae80;
 /// `_IO(KVMIO, 0xad)`.
 const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
 
+/// `_IOWR(KVMIO, 0xd5, struct kvm_pre_fault_memory)`.
+const KVM_PRE_FAULT_MEMORY: u64 = 0xc040_aed5;
+
 /// What a vCPU's thread does: it runs the guest, and what the guest does to a device's registers happens there.
 const VCPU: &[Allowed] = &[
     allow!(SYS_ioctl, "the guest's code", equal(1, KVM_RUN)),
     allow!(SYS_ioctl, "a clock that has stood still for a while", equal(1, KVM_KVMCLOCK_CTRL)),
     allow!(SYS_eventfd2, "a network device that the driver activates"),
     allow!(SYS_timerfd_create, "the entropy device that the driver activates"),
-    allow!(
-        SYS_fcntl,
-        "a descriptor for a device that the driver activates",
-        equal(1, F_DUPFD_CLOEXEC as u64)
-    ),
-    allow!(SYS_ioctl, "a network device that the driver resets", equal(1, TUNSETOFFLOAD)),
+    allow!(SYS_fcntl, "a descriptor for a device's thread", equal(1, F_DUPFD_CLOEXEC as u64)),
+    allow!(SYS_ioctl, "what packets the guest can take", equal(1, TUNSETOFFLOAD)),
     allow!(SYS_rt_sigreturn, "the signal that ends KVM_RUN"),
 ];
 
@@ -244,7 +244,7 @@ impl Kind {
     /// The system calls of such a thread, in parts. The event loop's have those of the threads that inherit its filter.
     pub fn table(self) -> &'static [&'static [Allowed]] {
         match self {
-            Self::EventLoop => &[EVERY, SELDOM, REFUSED, EVENT_LOOP, ENDING, LIMITED, BLOCK, NET],
+            Self::EventLoop => &[EVERY, SELDOM, REFUSED, EVENT_LOOP, ENDING, LIMITED, BLOCK, NET, VCPU],
             Self::Vcpu => &[EVERY, SELDOM, REFUSED, VCPU],
             Self::Fs => &[EVERY, SELDOM, REFUSED, ENDING, FS],
             Self::Block => &[EVERY, SELDOM, REFUSED, ENDING, LIMITED, BLOCK],
@@ -395,7 +395,7 @@ mod tests {
 
     #[test]
     fn what_a_thread_does_its_parent_may_do() {
-        for child in [Kind::Block, Kind::Net] {
+        for child in [Kind::Block, Kind::Net, Kind::Vcpu] {
             for line in lines(child) {
                 assert!(Kind::EventLoop.allows(line), "{child}: {}", line.name);
             }

@@ -15,8 +15,9 @@
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 
-use mayu_vmm_api::VmConfig;
+use mayu_vmm_api::{VmConfig, WorkingSet};
 use serde::{Deserialize, Serialize};
+use slog::{Logger, warn};
 
 use crate::arch::state::{VcpuState, VmState};
 use crate::devices::serial::SerialState;
@@ -139,6 +140,19 @@ impl Snapshot {
     /// [`Error::OtherSnapshot`].
     pub fn check_processor(&self, processor: &str) -> Result<()> {
         same("processor", &self.processor, processor)
+    }
+}
+
+/// Reads what a machine like this has touched. It is only for speed, so that none is as good as one that cannot be read.
+pub fn read_working_set(file: File, log: &Logger) -> Option<WorkingSet> {
+    let mut bytes = Vec::new();
+    let read = file.take(MAX_LENGTH).read_to_end(&mut bytes);
+    match read.and_then(|_| WorkingSet::from_bytes(&bytes)) {
+        Ok(working_set) => Some(working_set),
+        Err(error) => {
+            warn!(log, "a template's working set is of no use"; "error" => error.to_string());
+            None
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! vCPUs: a thread each, and a state machine that is driven over a channel.
+//! vCPUs: a thread for each that the guest may use, and a state machine that is driven over a channel.
 //!
 //! ```text
 //!            Resume              Pause
@@ -10,6 +10,7 @@
 
 #![allow(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::sync::atomic::{AtomicU8, Ordering, fence};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
@@ -131,9 +132,14 @@ impl ExitReceiver {
 /// How long a vCPU may take to obey. It obeys at once, unless the host's kernel holds it.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// The threads of all vCPUs of a machine. Dropping it ends them.
+/// The vCPUs of a machine. Dropping it ends their threads.
 pub struct Vcpus {
+    /// By index, as far as the guest may use them.
     handles: Vec<Handle>,
+    /// The others, which have no threads.
+    idle: VecDeque<VcpuFd>,
+    run_size: usize,
+    shared: Shared,
 }
 
 struct Handle {
@@ -146,26 +152,44 @@ struct Handle {
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU, none of which runs yet. `run_size` is the length of KVM's `kvm_run` mapping.
+    /// None of them has a thread yet. `run_size` is the length of KVM's `kvm_run` mapping.
     ///
     /// # Errors
-    /// No thread can be started, no signal handler be installed, or `kvm_run` not be mapped.
-    pub fn start(fds: Vec<VcpuFd>, run_size: usize, shared: &Shared) -> Result<Self> {
+    /// No signal handler can be installed.
+    pub fn new(fds: Vec<VcpuFd>, run_size: usize, shared: Shared) -> Result<Self> {
         // The handler does nothing; that there is one is what makes the signal interrupt `KVM_RUN`.
         register_signal_handler(SIGRTMIN(), ignore).map_err(Error::kvm("handle the kick signal"))?;
-        let handles = (0..)
-            .zip(fds)
-            .map(|(id, fd)| Handle::start(id, fd, run_size, shared.clone()))
-            .collect::<Result<_>>()?;
-        Ok(Self { handles })
+        Ok(Self { handles: Vec::new(), idle: fds.into(), run_size, shared })
     }
 
-    /// Lets all of them run.
+    /// Starts threads until `count` vCPUs have one, as far as there are so many. The new ones do not run.
+    ///
+    /// # Errors
+    /// No thread can be started, or `kvm_run` not be mapped.
+    pub fn start(&mut self, count: u8) -> Result<()> {
+        for id in self.started()..count {
+            let Some(fd) = self.idle.pop_front() else { break };
+            self.handles.push(Handle::start(id, fd, self.run_size, self.shared.clone())?);
+        }
+        Ok(())
+    }
+
+    /// How many have a thread.
+    pub fn started(&self) -> u8 {
+        self.handles.len() as u8
+    }
+
+    /// One that has no thread, if there is one. It is the last to get one.
+    pub fn idle(&self) -> Option<&VcpuFd> {
+        self.idle.back()
+    }
+
+    /// Lets those run that have a thread, from the one with this index on.
     ///
     /// # Errors
     /// One runs already or has exited.
-    pub fn resume(&mut self) -> Result<()> {
-        self.command_all(&Command::Resume).map(drop)
+    pub fn resume(&mut self, first: u8) -> Result<()> {
+        self.command(first, &Command::Resume).map(drop)
     }
 
     /// Stops all of them between two instructions.
@@ -173,24 +197,27 @@ impl Vcpus {
     /// # Errors
     /// One does not run, or does not stop in time.
     pub fn pause(&mut self) -> Result<()> {
-        self.command_all(&Command::Pause).map(drop)
+        self.command(0, &Command::Pause).map(drop)
     }
 
-    /// Reads the state of all of them.
+    /// Reads the state of all of them, also of those without a thread.
     ///
     /// # Errors
     /// One runs or has exited, or KVM refuses.
     pub fn save(&mut self, msrs: Vec<u32>) -> Result<Vec<VcpuState>> {
-        let replies = self.command_all(&Command::Save(msrs.into()))?;
-        Ok(replies.into_iter().flatten().map(|state| *state).collect())
+        let msrs: Arc<[u32]> = msrs.into();
+        let replies = self.command(0, &Command::Save(msrs.clone()))?;
+        let started = replies.into_iter().flatten().map(|state| Ok(*state));
+        started.chain(self.idle.iter().map(|fd| VcpuState::save(fd, &msrs))).collect()
     }
 
     /// Sends first and then waits, so that all obey at the same time. The first refusal counts.
-    fn command_all(&mut self, command: &Command) -> Result<Vec<Option<Box<VcpuState>>>> {
-        for handle in &mut self.handles {
+    fn command(&mut self, first: u8, command: &Command) -> Result<Vec<Option<Box<VcpuState>>>> {
+        let handles = self.handles.get_mut(usize::from(first)..).unwrap_or_default();
+        for handle in &mut *handles {
             handle.send(command);
         }
-        let replies: Vec<_> = self.handles.iter().map(Handle::reply).collect();
+        let replies: Vec<_> = handles.iter().map(Handle::reply).collect();
         replies.into_iter().collect()
     }
 }

@@ -205,7 +205,7 @@ fn memory_that_may_come_later_costs_nothing_and_can_be_asked_for() {
 }
 
 #[test]
-fn a_vcpu_that_the_guest_never_starts_is_a_thread_that_sleeps() {
+fn a_vcpu_is_a_thread_from_when_on_the_guest_may_use_it_and_sleeps_until_it_does() {
     if unable() {
         return;
     }
@@ -214,15 +214,20 @@ fn a_vcpu_that_the_guest_never_starts_is_a_thread_that_sleeps() {
     let (mut vmm, outcome) = Vmm::build(config, &elf(&COUNT_FOREVER), &image(), share.path());
     outcome.unwrap();
     let process = Path::new("/proc").join(vmm.pid().to_string());
+    let sleepers = || -> Vec<_> {
+        let tasks = fs::read_dir(process.join("task")).unwrap().map(|task| task.unwrap().path());
+        let name = |task: &PathBuf| fs::read_to_string(task.join("comm")).unwrap().trim().to_owned();
+        tasks.filter(|task| ["vcpu1", "vcpu2", "vcpu3"].contains(&name(task).as_str())).collect()
+    };
+    // One while the machine stands, the others while it runs; of those that are there already none is started again.
+    vmm.request(Request::StartVcpus { vcpus: 2 }, &[]).unwrap();
+    assert_eq!(sleepers().len(), 1);
     vmm.request(Request::Resume, &[]).unwrap();
-    let mut sleepers: Vec<_> = fs::read_dir(process.join("task"))
-        .unwrap()
-        .map(|task| task.unwrap().path())
-        .filter(|task| {
-            let name = fs::read_to_string(task.join("comm")).unwrap();
-            ["vcpu1", "vcpu2", "vcpu3"].contains(&name.trim())
-        })
-        .collect();
+    vmm.request(Request::StartVcpus { vcpus: 4 }, &[]).unwrap();
+    vmm.request(Request::StartVcpus { vcpus: 1 }, &[]).unwrap();
+    let refusal = vmm.request(Request::StartVcpus { vcpus: 5 }, &[]).unwrap_err();
+    assert!(refusal.contains("the machine has 4"), "{refusal}");
+    let mut sleepers = sleepers();
     assert_eq!(sleepers.len(), 3);
     // All of them come to rest: asleep, and on no processor between two looks.
     let look = |task: &Path| {

@@ -18,7 +18,7 @@ use mayu_vmm::event_loop::EventLoop;
 use mayu_vmm::machine::Machine;
 use mayu_vmm::seccomp::Confinement;
 use mayu_vmm::snapshot::Snapshot;
-use mayu_vmm_api::VmConfig;
+use mayu_vmm_api::{Pages, VmConfig, WorkingSet};
 use serde_json::Value;
 use support::{config, guest_files, memory_file};
 
@@ -92,7 +92,7 @@ fn lasting(snapshot: &Snapshot) -> Value {
 #[test]
 fn a_saved_guest_goes_on_in_another_machine() {
     let Some(host) = Host::new() else { return };
-    let config = VmConfig { vcpus: 2, max_vcpus: 2, ..config() };
+    let config = VmConfig { vcpus: 2, max_vcpus: 3, ..config() };
 
     let (parts, accepted) = host.parts();
     let mut events = EventLoop::new().unwrap();
@@ -108,11 +108,23 @@ fn a_saved_guest_goes_on_in_another_machine() {
 
     (&state).rewind().unwrap();
     let snapshot = Snapshot::read(state).unwrap();
+    let pages = |first, count, written| Pages { first, count, written };
+    let working_set = WorkingSet {
+        agent: vec![pages(0, 2000, false), pages(4096, 500, true)],
+        container: vec![pages(u32::MAX, 1, true), pages(6000, 500, true)],
+    };
+    for working_set in [None, Some(working_set)] {
+        goes_on(&host, &config, &snapshot, &memory, working_set);
+    }
+}
+
+fn goes_on(host: &Host, config: &VmConfig, saved: &Snapshot, memory: &File, working_set: Option<WorkingSet>) {
     let (parts, _accepted) = host.parts();
     let mut events = EventLoop::new().unwrap();
-    let mut second = builder::restore(&config, &snapshot, &memory, parts, &events).unwrap();
-    assert_eq!(lasting(&second.save().unwrap()), lasting(&snapshot));
+    let mut second = builder::restore(config, saved, memory, working_set, parts, &events).unwrap();
+    assert_eq!(lasting(&second.save().unwrap()), lasting(saved));
     second.resume().unwrap();
+    second.prefetch().unwrap();
     // Nobody may listen there, but only a guest whose processors, interrupts and queues work can say so.
     let (_ours, theirs) = UnixStream::pair().unwrap();
     let (sender, answer) = mpsc::channel();

@@ -6,13 +6,14 @@ mod support;
 
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, Write as _};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::Path;
+use std::time::Instant;
 
 use mayu_vmm::snapshot::Snapshot;
-use mayu_vmm_api::{ExitReason, Request, VmConfig};
+use mayu_vmm_api::{ExitReason, Pages, Request, VmConfig, WorkingSet};
 use support::payload::{COUNT_FOREVER, RESET, elf, print, wait_for_disk};
-use support::{Vmm, config, image, memory_file, unable};
+use support::{PATIENCE, Vmm, config, image, memory_file, unable};
 
 /// What a saved machine consists of.
 struct Saved {
@@ -43,8 +44,18 @@ impl Saved {
     }
 
     fn restore(&self, config: VmConfig, share: &Path) -> (Vmm, Result<(), String>) {
-        let state = self.state.reopen().unwrap();
-        Vmm::begin(Request::Restore(config), [&state, &self.memory], share, &[image().as_fd()])
+        self.restore_with(config, share, &[])
+    }
+
+    fn restore_with(
+        &self,
+        config: VmConfig,
+        share: &Path,
+        extra: &[BorrowedFd<'_>],
+    ) -> (Vmm, Result<(), String>) {
+        let (state, image) = (self.state.reopen().unwrap(), image());
+        let extra = [&[image.as_fd()], extra].concat();
+        Vmm::begin(Request::Restore(config), [&state, &self.memory], share, &extra)
     }
 
     /// Why a machine with this description cannot go on from here.
@@ -152,6 +163,43 @@ fn a_state_that_is_damaged_and_a_memory_that_is_cut_are_refused() {
     fs::write(saved.state.path(), &whole).unwrap();
     saved.memory.set_len(4096).unwrap();
     assert!(saved.refusal(described()).contains("4096 bytes, not 67108864"));
+}
+
+#[test]
+fn what_a_machine_like_this_has_touched_is_there_before_it_does_and_a_wrong_word_of_it_does_no_harm() {
+    if unable() {
+        return;
+    }
+    let saved = Saved::midway();
+    let share = tempfile::tempdir().unwrap();
+    let pages = |first, written| Pages { first, count: 1000, written };
+    let set =
+        WorkingSet { agent: vec![pages(0, true)], container: vec![pages(2000, true), pages(u32::MAX, true)] };
+    for (bytes, first, then) in [(set.to_bytes().unwrap(), 4000, 8000), (b"nothing".to_vec(), 0, 0)] {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes).unwrap();
+        file.rewind().unwrap();
+        let (mut vmm, outcome) = saved.restore_with(described(), share.path(), &[file.as_fd()]);
+        outcome.unwrap();
+        // Its own memory: the file's is shared, and does not count.
+        let own = |vmm: &mut Vmm| -> u64 {
+            let status = fs::read_to_string(format!("/proc/{}/status", vmm.pid())).unwrap();
+            let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+            line.trim().strip_suffix(" kB").unwrap().parse().unwrap()
+        };
+        let built = own(&mut vmm);
+        assert!((first..first + 3000).contains(&built), "{built} KiB");
+        vmm.request(Request::Resume, &[]).unwrap();
+        vmm.request(Request::Prefetch, &[]).unwrap();
+        vmm.request(Request::Prefetch, &[]).unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        while own(&mut vmm) < then {
+            assert!(Instant::now() < deadline, "{} KiB", own(&mut vmm));
+        }
+        vmm.request(Request::AttachBlock { slot: 0, read_only: true }, &[image().into()]).unwrap();
+        vmm.wait_for_console("second\n");
+        assert_eq!(vmm.exit(), ExitReason::GuestReset);
+    }
 }
 
 #[test]

@@ -81,6 +81,7 @@ impl Sizes {
             }
         }
         if target.vcpus != current.vcpus {
+            client.request(Request::StartVcpus { vcpus: target.vcpus }, &[]).await?;
             agent.resize(target.vcpus).await?;
             current.vcpus = target.vcpus;
         }

@@ -20,6 +20,7 @@ mod client;
 mod error;
 mod frame;
 mod message;
+mod working_set;
 
 pub use client::{EventStream, VmmClient};
 pub use error::{Error, Result};
@@ -28,3 +29,4 @@ pub use message::{
     BLOCK_SLOTS, CONTROL_FD, Event, ExitReason, MAX_MEMORY_MIB, MAX_NET_SLOTS, MAX_VCPUS, MIN_MEMORY_MIB,
     Message, RateLimit, Reply, Request, Status, VmConfig, net_slot_address,
 };
+pub use working_set::{Pages, WorkingSet};

@@ -38,8 +38,8 @@ pub struct VmConfig {
     pub sandbox_id: String,
     /// vCPUs that the guest's kernel brings up when it boots, 1 to [`VmConfig::max_vcpus`].
     pub vcpus: u8,
-    /// vCPUs that the machine has, up to [`MAX_VCPUS`]. The guest can bring those up later that its kernel does not;
-    /// until then each is a thread that sleeps.
+    /// vCPUs that the machine has, up to [`MAX_VCPUS`]. The guest can bring those up later that its kernel does not, once
+    /// [`Request::StartVcpus`] lets it; until then none of them has a thread.
     pub max_vcpus: u8,
     /// Memory that the guest boots with, in MiB, [`MIN_MEMORY_MIB`] to [`VmConfig::max_memory_mib`].
     pub memory_mib: u32,
@@ -89,8 +89,9 @@ pub enum Request {
     /// calls for saving that no other may make, and has no filter.
     BuildTemplate(VmConfig),
     /// As [`Request::Build`], where a machine with the same description was saved. Its descriptors are `/dev/kvm`, the file that
-    /// [`Request::Save`] has written, the memory of that machine, image, share and console. Any number of machines can be
-    /// restored at once: none of them writes to either file.
+    /// [`Request::Save`] has written, the memory of that machine, image, share and console, and, where it is known, a file with the
+    /// [`WorkingSet`](crate::WorkingSet) of such a machine. Any number of machines can be restored at once: none of them writes to any of
+    /// the files.
     Restore(VmConfig),
     /// Write the state of a template that is paused, all but its memory, to the attached file, which is empty.
     Save,
@@ -123,6 +124,13 @@ pub enum Request {
         /// 0 to [`VmConfig::net_slots`] - 1.
         slot: u8,
     },
+    /// Map what the first container of a restored guest will touch, if it is known. Answered at once; it happens meanwhile.
+    Prefetch,
+    /// Let the guest bring up its first vCPUs, so many in all. It keeps those that it has had.
+    StartVcpus {
+        /// Up to [`VmConfig::max_vcpus`].
+        vcpus: u8,
+    },
     /// Ask the guest to have so much memory in all, in whole steps of 2 MiB. Answered once it was asked;
     /// [`Status::plugged_mib`] tells how far it has come, which may take a while, or forever if it cannot give up memory
     /// that is in use.
@@ -150,6 +158,8 @@ impl Request {
             Self::AttachBlock { .. } => "attach a block device",
             Self::DetachBlock { .. } => "detach a block device",
             Self::AttachNet { .. } => "attach a network device",
+            Self::Prefetch => "prefetch memory",
+            Self::StartVcpus { .. } => "start vCPUs",
             Self::ResizeMemory { .. } => "resize the guest's memory",
             Self::Status => "report status",
             Self::Shutdown => "shut down",

@@ -131,8 +131,8 @@ impl Vmm {
         Self::begin(Request::Build(config), [kernel, image], share, &[])
     }
 
-    /// Starts it, with the descriptors of the first request: `/dev/kvm` and `files`, for [`Request::Restore`] then those of
-    /// `extra`, the share and the console, for others then those of `extra`.
+    /// Starts it, with the descriptors of the first request: `/dev/kvm` and `files`, for [`Request::Restore`] then the first of
+    /// `extra`, the share and the console, and then those of `extra` that are left.
     pub fn begin(
         request: Request,
         files: [&File; 2],
@@ -144,8 +144,9 @@ impl Vmm {
         let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
         let share = File::open(share).unwrap();
         let mut fds = vec![kvm.as_fd(), files[0].as_fd(), files[1].as_fd(), share.as_fd(), console.as_fd()];
-        let place = if matches!(request, Request::Restore(_)) { 3 } else { fds.len() };
-        fds.splice(place..place, extra.iter().copied());
+        let before = usize::from(matches!(request, Request::Restore(_)));
+        fds.splice(3..3, extra[..before].iter().copied());
+        fds.extend(&extra[before..]);
         let id = vmm.send(request, &fds);
         drop(console);
         let outcome = vmm.reply(id);

@@ -12,8 +12,8 @@ use mayu_e2e::shim::eventually;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{LimitedCgroup, pod};
 use super::phases::{Moment, Phase, Scene, in_every_phase};
+use super::{LimitedCgroup, pod};
 
 /// A process that is gone by now has nothing to fear.
 fn signal(victim: Option<Process>, signal: Signal) {
