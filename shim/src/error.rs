@@ -148,6 +148,12 @@ pub enum Error {
     /// The pod's VM has not been started yet.
     #[error("the pod's VM is not running")]
     NoSandbox,
+    /// A machine that went on from a new template could not run a container.
+    #[error("run a container in a machine from the template: {reason}")]
+    Rehearsal {
+        /// What went wrong.
+        reason: String,
+    },
     /// A request that is not supported.
     #[error("{0}")]
     Unimplemented(&'static str),
@@ -362,6 +368,7 @@ impl Error {
             | Self::System { .. }
             | Self::Network { .. }
             | Self::Template { .. }
+            | Self::Rehearsal { .. }
             | Self::Vmm(_)
             | Self::Boot { .. }
             | Self::AgentConnection { .. }

@@ -27,6 +27,7 @@ use crate::storage::{self, Storage};
 use crate::{Error, Result, exits, id, spec};
 
 pub use api::Requested;
+pub(crate) use create::any;
 
 /// Where a pod finds and keeps things on the host.
 #[derive(Clone, Debug)]

@@ -9,6 +9,7 @@
 //!     description.json        what it is a template of
 //!     state                   what the VMM has saved
 //!     memory                  the guest's memory
+//!     working-set             what of it a pod touches until its first container has ended, if that is known
 //! ```
 //!
 //! A template is no pod's yet, and fits every pod whose machine has the same devices: vCPUs are brought online, memory is plugged in
@@ -16,6 +17,7 @@
 //! is never changed: where any of these is another one, it is of no use any more.
 
 mod make;
+mod rehearsal;
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read as _};
@@ -78,6 +80,18 @@ pub struct Saved {
     pub state: File,
     /// The guest's memory.
     pub memory: File,
+    /// What pods touch of it.
+    pub working_set: Option<File>,
+}
+
+impl Saved {
+    fn open(directory: &Path) -> Result<Self> {
+        let open = |name| {
+            let path = directory.join(name);
+            File::open(&path).map_err(file("open", path))
+        };
+        Ok(Self { state: open("state")?, memory: open("memory")?, working_set: open("working-set").ok() })
+    }
 }
 
 /// The machine from which every pod of this configuration can go on.
@@ -191,11 +205,7 @@ impl Template {
     /// # Errors
     /// [`Error::File`].
     pub fn open(&self) -> Result<Saved> {
-        let open = |name| {
-            let path = self.path.join(name);
-            File::open(&path).map_err(file("open", path))
-        };
-        Ok(Saved { state: open("state")?, memory: open("memory")? })
+        Saved::open(&self.path)
     }
 
     /// How much of its memory is not empty, in bytes on disk.

@@ -213,8 +213,9 @@ async fn build(client: Arc<VmmClient>, building: Building) -> Result<()> {
             let fds = [kvm, kernel, image, share, console, memory.as_fd()];
             client.request(Request::BuildTemplate(machine), &fds).await?;
         }
-        Origin::Template(Saved { state, memory }) => {
-            let fds = [kvm, state.as_fd(), memory.as_fd(), image, share, console];
+        Origin::Template(Saved { state, memory, working_set }) => {
+            let mut fds = vec![kvm, state.as_fd(), memory.as_fd(), image, share, console];
+            fds.extend(working_set.as_ref().map(AsFd::as_fd));
             client.request(Request::Restore(machine), &fds).await?;
         }
     }

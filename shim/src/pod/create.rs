@@ -273,7 +273,7 @@ impl Pod {
     }
 }
 
-fn any(type_url: &str, value: &impl Serialize) -> Result<Any> {
+pub(crate) fn any(type_url: &str, value: &impl Serialize) -> Result<Any> {
     let value = serde_json::to_vec(value).map_err(|error| Error::InvalidArgument(error.to_string()))?;
     Ok(Any { type_url: type_url.into(), value, ..Default::default() })
 }

@@ -341,7 +341,8 @@ async fn run_guest(
     let ((ready, agent), network) = tokio::try_join!(agent, wiring)?;
     let hostname = spec.hostname.as_ref().unwrap_or(&blueprint.id);
     // Kernel parameters of the pod may be those of an interface.
-    agent.configure_network(network.request()).await?;
+    let prefetch = async { Ok(client.request(Request::Prefetch, &[]).await?) };
+    tokio::try_join!(prefetch, agent.configure_network(network.request()))?;
     agent.configure(hostname, &spec.sysctls).await?;
     sizes.fit(Limits::default(), &client, &agent, log).await?;
     let agent_events = agent.events().await?;

@@ -9,13 +9,13 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use mayu_vmm_api::{Request, VmConfig, VmmClient};
+use mayu_vmm_api::{Pages, Request, VmConfig};
 use rustix::fs::{FlockOperation, flock};
 use slog::{Logger, debug, info, warn};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use super::{Description, Store, Template, checksum, machine, now, number};
+use super::{Description, Saved, Store, Template, checksum, machine, now, number, rehearsal};
 use crate::Result;
 use crate::agent::Agent;
 use crate::config::Config;
@@ -87,6 +87,7 @@ impl Store {
             DirBuilder::new().mode(0o700).create(directory).map_err(file("create", directory))?;
         }
         save(config, &machine, files, &new, log).await?;
+        rehearse(config, &machine, &new, log).await?;
         let description = describe(&machine, &new)?;
         let number = self
             .list()?
@@ -127,17 +128,36 @@ async fn save(config: &Config, machine: &VmConfig, files: HostFiles, new: &Path,
     let (memory, state) = (create("memory")?, create("state")?);
     memory.set_len(u64::from(machine.memory_mib) << 20).map_err(file("make room in", new.join("memory")))?;
     let origin = Origin::ToSave(memory.try_clone().map_err(file("share", new.join("memory")))?);
-    let share = new.join("share");
     let of_vmm = state.try_clone().map_err(file("share", new.join("state")))?;
-    let save = async |client: &VmmClient| {
-        client.request(Request::Pause, &[]).await?;
-        Ok(client.request(Request::Save, &[of_vmm.as_fd()]).await?)
-    };
-    with_machine(config, machine, (files, origin, &share), log, save).await?;
+    let parts = Parts { machine, files, origin, share: &new.join("share") };
+    with_machine(config, parts, log, async |machine, _| {
+        machine.client.request(Request::Pause, &[]).await?;
+        Ok(machine.client.request(Request::Save, &[of_vmm.as_fd()]).await?)
+    })
+    .await?;
     for (saved, name) in [(&memory, "memory"), (&state, "state")] {
         saved.sync_all().map_err(file("write back", new.join(name)))?;
     }
-    fs::remove_dir(&share).map_err(file("remove", share))
+    Ok(())
+}
+
+/// Writes down what pods will touch. A template is of use without that.
+async fn rehearse(config: &Config, machine: &VmConfig, new: &Path, log: &Logger) -> Result<()> {
+    let share = new.join("share");
+    let origin = Origin::Template(Saved::open(new)?);
+    let parts = Parts { machine, files: HostFiles::open(&config.vm)?, origin, share: &share };
+    match rehearsal::working_set(config, parts, new, log).await {
+        Ok(working_set) => {
+            let path = new.join("working-set");
+            let count = |all: &[Pages]| all.iter().map(|pages| pages.count).sum::<u32>();
+            info!(log, "what pods will touch is known";
+                "agent_pages" => count(&working_set.agent), "container_pages" => count(&working_set.container));
+            working_set.to_bytes().and_then(|bytes| fs::write(&path, bytes)).map_err(file("write", &path))?;
+            sync(&path)?;
+        }
+        Err(error) => warn!(log, "what pods will touch is not known"; "error" => error.to_string()),
+    }
+    remove(&share)
 }
 
 /// Starts a machine from a template, as a pod does. Says how long it took until the agent had answered.
@@ -148,25 +168,27 @@ pub async fn try_out(config: &Config, template: &Template, log: &Logger) -> Resu
     // What a machine is started with has to be there, with nothing in it.
     let share = Store::new(config).root.join("share");
     DirBuilder::new().recursive(true).mode(0o700).create(&share).map_err(file("create", &share))?;
-    let parts = (HostFiles::open(&config.vm)?, Origin::Template(template.open()?), share.as_path());
+    let (machine, files) = (&template.description.machine, HostFiles::open(&config.vm)?);
+    let parts = Parts { machine, files, origin: Origin::Template(template.open()?), share: &share };
     let began = Instant::now();
-    let mut took = Duration::ZERO;
-    with_machine(config, &template.description.machine, parts, log, async |_: &VmmClient| {
-        took = began.elapsed();
-        Ok(())
-    })
-    .await?;
-    Ok(took)
+    with_machine(config, parts, log, async |_, _| Ok(began.elapsed())).await
+}
+
+/// What a machine that is no pod's is started with.
+pub(super) struct Parts<'a> {
+    pub machine: &'a VmConfig,
+    pub files: HostFiles,
+    pub origin: Origin,
+    pub share: &'a Path,
 }
 
 /// Runs a machine that is no pod's: does something with it when its agent has answered, and ends it.
-async fn with_machine(
+pub(super) async fn with_machine<T>(
     config: &Config,
-    machine: &VmConfig,
-    (files, origin, share): (HostFiles, Origin, &Path),
+    Parts { machine, files, origin, share }: Parts<'_>,
     log: &Logger,
-    then: impl AsyncFnOnce(&VmmClient) -> Result<()>,
-) -> Result<()> {
+    then: impl AsyncFnOnce(&Spawned, &Agent) -> Result<T>,
+) -> Result<T> {
     let (mut console, console_writer) = Console::pipe(Source::Guest, log.clone())?;
     let root = Path::new(state_dir::ROOT);
     DirBuilder::new().recursive(true).mode(0o711).create(root).map_err(file("create", root))?;
@@ -175,14 +197,14 @@ async fn with_machine(
     let building = Building { machine, files, origin, share: share.into(), console: console_writer };
     let mut spawned = VmmProcess::spawn(config, building, lease, log).await?;
     let done = async {
-        let _connections = answering(config, &mut spawned, log).await?;
-        then(&spawned.client).await
+        let (_ready, agent) = answering(config, &mut spawned, log).await?;
+        then(&spawned, &agent).await
     };
     let done = done.await;
     let end = spawned.process.kill().await;
     match done {
         Err(error) => Err(with_console(error, &end, console.final_tail().await)),
-        Ok(()) => Ok(()),
+        done => done,
     }
 }
 
