@@ -9,7 +9,7 @@
 //!     description.json        what it is a template of
 //!     state                   what the VMM has saved
 //!     memory                  the guest's memory
-//!     working-set             what of it a pod touches until its first container has ended, if that is known
+//!     working-set             what of it a pod touches for its first container, if that is known
 //! ```
 //!
 //! A template is no pod's yet, and fits every pod whose machine has the same devices: vCPUs are brought online, memory is plugged in

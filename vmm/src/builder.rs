@@ -29,7 +29,7 @@ use crate::event_loop::EventLoop;
 use crate::kvm::Vm;
 use crate::machine::Machine;
 use crate::memory::{self, Backing};
-use crate::prefetch::{self, Prefetch};
+use crate::prefetch;
 use crate::seccomp::Confinement;
 use crate::snapshot::Snapshot;
 use crate::vcpu::{Shared, Vcpus, exit_channel};
@@ -121,8 +121,7 @@ pub fn build(
 }
 
 /// Builds a machine that goes on from where another was saved, with a copy of that one's memory. It is paused. Memory that was
-/// plugged in is not there: it has to be saved before there is any. What `working_set` says of the time until its agent answers is mapped
-/// already.
+/// plugged in is not there: it has to be saved before there is any.
 ///
 /// # Errors
 /// As [`build`], or the state is not that of a machine with this description.
@@ -142,15 +141,10 @@ pub fn restore(
     }
     let memory = memory::map(config.memory_mib, config.max_memory_mib, Backing::CopyOf(memory))?;
     let mut machine = assemble(config, &Origin::Saved(snapshot), memory, parts, events)?;
-    let memory = machine.memory.memory();
     match working_set {
-        Some(WorkingSet { agent, container }) => {
-            Prefetch::new(agent, machine.vcpus.idle())?.run(&memory);
-            machine.prefetch = container;
-        }
-        None => prefetch::page_by_page(&memory),
+        Some(WorkingSet(pages)) => machine.prefetch = pages,
+        None => prefetch::page_by_page(&machine.memory.memory()),
     }
-    drop(memory);
     Ok(machine)
 }
 

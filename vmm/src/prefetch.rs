@@ -48,8 +48,13 @@ impl Prefetch {
     pub fn run(mut self, memory: &GuestMemoryMmap) {
         for pages in &self.pages {
             let Some(range) = Range::of(pages, memory) else { continue };
-            let advice = if pages.written { MADV_POPULATE_WRITE } else { MADV_POPULATE_READ };
-            if range.advise(advice).is_err() {
+            // KVM has the VMM's mapping made where there is none, but never one that can be written to.
+            let for_vmm = match (pages.written, &self.vcpu) {
+                (true, _) => range.advise(MADV_POPULATE_WRITE),
+                (false, None) => range.advise(MADV_POPULATE_READ),
+                (false, Some(_)) => Ok(()),
+            };
+            if for_vmm.is_err() {
                 return;
             }
             if let Some(vcpu) = &self.vcpu

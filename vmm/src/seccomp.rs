@@ -14,10 +14,13 @@ use std::sync::Arc;
 use libc::*;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch, apply_filter,
+    TargetArch, apply_filter, sock_filter,
 };
 
 use crate::error::{Error, Result};
+
+/// What is allowed, by the number of the call.
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 /// What a thread does, which decides what it may.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -270,11 +273,12 @@ impl Kind {
 
     /// One program, since the kernel takes its time with each. It first looks among what is refused.
     fn compile(self) -> Result<BpfProgram> {
-        let mut program = compile(REFUSED.iter(), SeccompAction::Allow, SeccompAction::Errno(ENOSYS as u32))?;
+        let mut program =
+            compile(REFUSED.iter(), &SeccompAction::Allow, &SeccompAction::Errno(ENOSYS as u32))?;
         // That any other call is allowed. In its place the table follows.
         program.pop();
         let allowed = self.table().iter().copied().flatten().filter(|line| !Self::refuses(line));
-        program.append(&mut compile(allowed, SeccompAction::KillProcess, SeccompAction::Allow)?);
+        program.append(&mut compile(allowed, &SeccompAction::KillProcess, &SeccompAction::Allow)?);
         Ok(program)
     }
 }
@@ -333,11 +337,11 @@ impl fmt::Debug for Confinement {
 
 fn compile<'a>(
     table: impl Iterator<Item = &'a Allowed>,
-    otherwise: SeccompAction,
-    listed: SeccompAction,
+    otherwise: &SeccompAction,
+    listed: &SeccompAction,
 ) -> Result<BpfProgram> {
     let failed = Error::SeccompTable;
-    let mut rules = BTreeMap::<i64, Vec<SeccompRule>>::new();
+    let mut rules = Rules::new();
     for allowed in table {
         let conditions = allowed.arguments.iter().map(condition).collect::<std::result::Result<Vec<_>, _>>();
         let conditions = conditions.map_err(failed)?;
@@ -346,9 +350,31 @@ fn compile<'a>(
             of_this.push(SeccompRule::new(conditions).map_err(failed)?);
         }
     }
-    SeccompFilter::new(rules, otherwise, listed, TargetArch::x86_64)
-        .and_then(BpfProgram::try_from)
-        .map_err(failed)
+    search(rules, otherwise, listed).map_err(failed)
+}
+
+/// A binary search for the number of a call: when a filter is loaded, the kernel runs it for each number that there is, and compiles it.
+fn search(
+    mut rules: Rules,
+    otherwise: &SeccompAction,
+    listed: &SeccompAction,
+) -> std::result::Result<BpfProgram, seccompiler::BackendError> {
+    const ONE_BY_ONE: usize = 4;
+    let Some(&middle) = rules.keys().nth(rules.len() / 2).filter(|_| rules.len() > ONE_BY_ONE) else {
+        return SeccompFilter::new(rules, otherwise.clone(), listed.clone(), TargetArch::x86_64)?.try_into();
+    };
+    let upper = search(rules.split_off(&middle), otherwise, listed)?;
+    let lower = search(rules, otherwise, listed)?;
+    let instruction = |code: u32, k: u32, jf: u8| sock_filter { code: code as u16, jt: 0, jf, k };
+    let mut program = vec![
+        // `nr` of `struct seccomp_data` (seccomp(2)). Whether it is one of this architecture, each end of the search looks itself.
+        instruction(BPF_LD | BPF_W | BPF_ABS, 0, 0),
+        instruction(BPF_JMP | BPF_JGE | BPF_K, middle as u32, 1),
+        instruction(BPF_JMP | BPF_JA, lower.len() as u32, 0),
+    ];
+    program.extend(lower);
+    program.extend(upper);
+    Ok(program)
 }
 
 fn condition(argument: &Argument) -> std::result::Result<SeccompCondition, seccompiler::BackendError> {
@@ -398,6 +424,58 @@ mod tests {
         for child in [Kind::Block, Kind::Net, Kind::Vcpu] {
             for line in lines(child) {
                 assert!(Kind::EventLoop.allows(line), "{child}: {}", line.name);
+            }
+        }
+    }
+
+    /// What the kernel's interpreter of classic BPF would answer (Documentation/networking/filter.rst).
+    fn verdict(program: &[sock_filter], number: i64, arguments: &[u64; 6]) -> u32 {
+        const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+        let mut data = vec![number as u32, AUDIT_ARCH_X86_64, 0, 0];
+        data.extend(arguments.iter().flat_map(|argument| [*argument as u32, (argument >> 32) as u32]));
+        let (mut next, mut register) = (0, 0);
+        loop {
+            let sock_filter { code, jt, jf, k } = program[next];
+            next += 1;
+            let to = |condition: bool| usize::from(if condition { jt } else { jf });
+            match u32::from(code) {
+                code if code == BPF_LD | BPF_W | BPF_ABS => register = data[k as usize / 4],
+                code if code == BPF_ALU | BPF_AND | BPF_K => register &= k,
+                code if code == BPF_JMP | BPF_JEQ | BPF_K => next += to(register == k),
+                code if code == BPF_JMP | BPF_JGE | BPF_K => next += to(register >= k),
+                code if code == BPF_JMP | BPF_JA => next += k as usize,
+                code if code == BPF_RET | BPF_K => return k,
+                code => panic!("instruction {code:#x}"),
+            }
+        }
+    }
+
+    #[test]
+    fn the_filters_say_what_the_tables_say() {
+        for kind in Kind::ALL {
+            let program = kind.compile().unwrap();
+            for number in 0..512 {
+                let of_this: Vec<_> = lines(kind).filter(|line| line.number == number).collect();
+                let mut tried = vec![[0; 6], [u64::MAX; 6]];
+                tried.extend(of_this.iter().map(|line| {
+                    let mut arguments = [0; 6];
+                    line.arguments.iter().for_each(|it| arguments[usize::from(it.index)] = it.value);
+                    arguments
+                }));
+                for arguments in tried {
+                    let line =
+                        of_this.iter().find(|line| line.arguments.iter().all(|it| it.fits(&arguments)));
+                    let expected = match line {
+                        Some(line) if Kind::refuses(line) => SECCOMP_RET_ERRNO | ENOSYS as u32,
+                        Some(_) => SECCOMP_RET_ALLOW,
+                        None => SECCOMP_RET_KILL_PROCESS,
+                    };
+                    assert_eq!(
+                        verdict(&program, number, &arguments),
+                        expected,
+                        "{kind}: {number} {arguments:x?}"
+                    );
+                }
             }
         }
     }

@@ -173,9 +173,8 @@ fn what_a_machine_like_this_has_touched_is_there_before_it_does_and_a_wrong_word
     let saved = Saved::midway();
     let share = tempfile::tempdir().unwrap();
     let pages = |first, written| Pages { first, count: 1000, written };
-    let set =
-        WorkingSet { agent: vec![pages(0, true)], container: vec![pages(2000, true), pages(u32::MAX, true)] };
-    for (bytes, first, then) in [(set.to_bytes().unwrap(), 4000, 8000), (b"nothing".to_vec(), 0, 0)] {
+    let set = WorkingSet(vec![pages(4000, true), pages(6000, true), pages(u32::MAX, true)]);
+    for (bytes, then) in [(set.to_bytes().unwrap(), 8000), (b"nothing".to_vec(), 0)] {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&bytes).unwrap();
         file.rewind().unwrap();
@@ -188,7 +187,7 @@ fn what_a_machine_like_this_has_touched_is_there_before_it_does_and_a_wrong_word
             line.trim().strip_suffix(" kB").unwrap().parse().unwrap()
         };
         let built = own(&mut vmm);
-        assert!((first..first + 3000).contains(&built), "{built} KiB");
+        assert!(built < 3000, "{built} KiB");
         vmm.request(Request::Resume, &[]).unwrap();
         vmm.request(Request::Prefetch, &[]).unwrap();
         vmm.request(Request::Prefetch, &[]).unwrap();

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use mayu_vmm_api::{Pages, Request, VmConfig};
+use mayu_vmm_api::{Request, VmConfig};
 use rustix::fs::{FlockOperation, flock};
 use slog::{Logger, debug, info, warn};
 use tokio::net::UnixStream;
@@ -149,9 +149,8 @@ async fn rehearse(config: &Config, machine: &VmConfig, new: &Path, log: &Logger)
     match rehearsal::working_set(config, parts, new, log).await {
         Ok(working_set) => {
             let path = new.join("working-set");
-            let count = |all: &[Pages]| all.iter().map(|pages| pages.count).sum::<u32>();
-            info!(log, "what pods will touch is known";
-                "agent_pages" => count(&working_set.agent), "container_pages" => count(&working_set.container));
+            let pages = working_set.0.iter().map(|pages| pages.count).sum::<u32>();
+            info!(log, "what pods will touch is known"; "pages" => pages);
             working_set.to_bytes().and_then(|bytes| fs::write(&path, bytes)).map_err(file("write", &path))?;
             sync(&path)?;
         }

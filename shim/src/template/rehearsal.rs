@@ -18,8 +18,8 @@ use rustix::fs::{Advice, fadvise};
 use slog::Logger;
 use ttrpc::context::Context;
 
-use super::make::{Parts, with_machine};
 use super::PAGE;
+use super::make::{Parts, with_machine};
 use crate::agent::Agent;
 use crate::config::Config;
 use crate::container::PidNamespace;
@@ -56,9 +56,9 @@ pub async fn working_set(
     let inode = memory.metadata().map_err(file("look at", &path))?.ino();
     with_machine(config, parts, log, async |machine, agent| {
         let look = || touched(machine.process.pid, inode);
-        let by_agent = look()?;
+        let before = look()?;
         run_container(agent, log).await?;
-        Ok(divide(&by_agent, look()?))
+        Ok(WorkingSet(join(&since(&before, look()?))))
     })
     .await
 }
@@ -166,11 +166,10 @@ impl Mapping {
     }
 }
 
-/// What was touched until the agent had answered, and what came after it. A page that was only read before and is written now
-/// is among both.
-fn divide(by_agent: &BTreeMap<u32, bool>, mut all: BTreeMap<u32, bool>) -> WorkingSet {
-    all.retain(|number, written| by_agent.get(number).is_none_or(|before| before != written));
-    WorkingSet { agent: join(by_agent), container: join(&all) }
+/// What was touched since. A page that was only read before and is written now has been.
+fn since(before: &BTreeMap<u32, bool>, mut all: BTreeMap<u32, bool>) -> BTreeMap<u32, bool> {
+    all.retain(|number, written| before.get(number).is_none_or(|earlier| earlier != written));
+    all
 }
 
 /// Pages that follow each other are one entry.
@@ -194,13 +193,12 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_divided_by_time_and_joined_by_what_happened_to_them() {
-        let by_agent = BTreeMap::from([(1, false), (2, false), (3, true), (9, false)]);
+    fn what_was_touched_before_is_left_out_and_pages_are_joined_by_what_happened_to_them() {
+        let before = BTreeMap::from([(1, false), (2, false), (3, true), (9, false)]);
         let all =
             BTreeMap::from([(1, false), (2, true), (3, true), (4, true), (5, true), (6, false), (9, false)]);
-        let set = divide(&by_agent, all);
-        assert_eq!(set.agent, [pages(1, 2, false), pages(3, 1, true), pages(9, 1, false)]);
-        assert_eq!(set.container, [pages(2, 1, true), pages(4, 2, true), pages(6, 1, false)]);
+        let set = join(&since(&before, all));
+        assert_eq!(set, [pages(2, 1, true), pages(4, 2, true), pages(6, 1, false)]);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What a guest touches of its memory when it goes on from where it was saved.
+//! What a guest touches of its memory after it has gone on from where it was saved.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,15 +13,10 @@ pub struct Pages {
     pub written: bool,
 }
 
-/// What one machine has touched, for those after it: [`Request::Restore`](crate::Request::Restore) has it mapped before the guest runs
-/// into it.
+/// What one machine has touched between the moment when its agent answered and the end of its first container, for those after it:
+/// [`Request::Prefetch`](crate::Request::Prefetch) has it mapped before the guest runs into it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WorkingSet {
-    /// Until its agent has answered.
-    pub agent: Vec<Pages>,
-    /// After that, until its first container has ended.
-    pub container: Vec<Pages>,
-}
+pub struct WorkingSet(pub Vec<Pages>);
 
 impl WorkingSet {
     /// As it is kept in a file, in postcard's format (<https://postcard.jamesmunns.com/wire-format>).
@@ -48,8 +43,7 @@ mod tests {
     #[test]
     fn it_is_read_as_it_was_written_and_nothing_else_is() {
         let pages = |first, written| Pages { first, count: 3, written };
-        let set =
-            WorkingSet { agent: vec![pages(7, true)], container: vec![pages(0, false), pages(90_000, true)] };
+        let set = WorkingSet(vec![pages(7, true), pages(0, false), pages(90_000, true)]);
         let bytes = set.to_bytes().unwrap();
         assert_eq!(WorkingSet::from_bytes(&bytes).unwrap(), set);
         assert!(WorkingSet::from_bytes(&bytes[1..]).is_err());
