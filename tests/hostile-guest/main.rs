@@ -36,6 +36,9 @@ const QUEUE_DESCRIPTORS: u64 = 0x80;
 const QUEUE_AVAILABLE: u64 = 0x90;
 const QUEUE_USED: u64 = 0xa0;
 
+/// A device's id, whose requests are pages and nothing in them (virtio 1.2, 5).
+const BALLOON: u32 = 5;
+
 /// Bits of the status (virtio 1.2, 2.1).
 const ACKNOWLEDGE: u32 = 1;
 const DRIVER: u32 = 2;
@@ -199,10 +202,15 @@ impl Intruder {
     /// Puts requests into a queue, some of which are.
     fn fill(&mut self, device: u64, queue: u64) {
         let ring = ring(device, queue);
+        let is_balloon = read32(device + DEVICE_ID) == BALLOON;
         for descriptor in 0..128 {
             let sane = !self.random.one_in(8);
             let address = if sane { self.buffer(device) } else { self.random.number() };
-            let length = if sane { 16 + self.random.below(4096) } else { self.random.number() };
+            let length = match sane {
+                true if is_balloon => 4096 * (1 + self.random.below(16)),
+                true => 16 + self.random.below(4096),
+                false => self.random.number(),
+            };
             let mut flags = self.random.next() & (NEXT | WRITE);
             if self.random.one_in(16) {
                 flags |= INDIRECT;
@@ -233,6 +241,8 @@ impl Intruder {
             1 => write_words(at, &[one & 0xffff_ffff, two]),
             // virtio-blk: what, and where.
             2 => write_words(at, &[self.random.below(16), one]),
+            // The balloon: pages, which are reported as they are.
+            BALLOON => return at & !0xfff,
             // vsock: two context ids, two ports, length, type, operation, flags, credit.
             19 => {
                 let (from, to) = (self.random.below(4), self.random.below(4));

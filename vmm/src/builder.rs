@@ -15,6 +15,7 @@ use crate::arch::{self, layout};
 use crate::boot;
 use crate::bus::{Bus, SharedTransport, lock};
 use crate::devices::serial::serial;
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, BlockSlot};
 use crate::devices::virtio::fs::Fs;
 use crate::devices::virtio::mem::{Mem, MemHandle};
@@ -40,10 +41,10 @@ pub const SHARE_TAG: &str = "mayu";
 /// The number that the first device has in the event loop. The others follow in the order of their addresses.
 pub const FIRST_DEVICE: u16 = 2;
 
-/// The virtio devices that every machine has: the image, the block slots, vsock, rng, fs. After them come the network
+/// The virtio devices that every machine has: the image, the block slots, vsock, rng, balloon, fs. After them come the network
 /// slots, and the memory device if the guest's memory can grow, so that none of them has its place by what a machine may
 /// lack.
-const COMMON_DEVICES: usize = 1 + BLOCK_SLOTS as usize + 3;
+const COMMON_DEVICES: usize = 1 + BLOCK_SLOTS as usize + 4;
 
 // Each device has an interrupt line of its own, and the memory device needs one, too.
 const _: () = assert!(COMMON_DEVICES + (MAX_NET_SLOTS as usize) < layout::MAX_VIRTIO_DEVICES);
@@ -174,6 +175,7 @@ fn assemble(
     let block_slots = devices.add_blocks(parts.image, &config.block_limit)?;
     let vsock = devices.add_vsock(config, parts.on_accept)?;
     devices.add("rng", Box::new(Rng::new()))?;
+    devices.add("balloon", Box::new(Balloon::new()))?;
     devices.add("fs", Box::new(parts.fs))?;
     let net_slots = devices.add_nets(config)?;
     let growth = devices.add_memory(config)?;

@@ -94,7 +94,11 @@ const EVERY: &[Allowed] = &[
     allow!(SYS_mmap, "the allocator's larger pieces, stacks", without(2, PROT_EXEC as u64)),
     allow!(SYS_mprotect, "the allocator's heaps, guard pages", without(2, PROT_EXEC as u64)),
     allow!(SYS_munmap, "the allocator's larger pieces, stacks"),
-    allow!(SYS_madvise, "what the allocator gives back of a heap, stacks", equal(2, MADV_DONTNEED as u64)),
+    allow!(
+        SYS_madvise,
+        "what the guest gives back of its memory, and the allocator of a heap; stacks",
+        equal(2, MADV_DONTNEED as u64)
+    ),
     allow!(SYS_epoll_wait, "what happens next"),
     allow!(SYS_epoll_create1, "what a device waits for, from its activation on"),
     allow!(SYS_epoll_ctl, "what a device waits for, from its activation to its reset"),

@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 const MAGIC: [u8; 8] = *b"mayu-vm\0";
 
 /// Of everything behind the version. To be raised when a part of [`Snapshot`] changes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Some twenty times what a machine with the most vCPUs needs.
 const MAX_LENGTH: u64 = 16 << 20;

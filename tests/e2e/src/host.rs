@@ -85,6 +85,17 @@ pub fn process_status(pid: u32, field: &str) -> String {
     line.expect("the field is there").trim().to_owned()
 }
 
+/// What a process has of the host's memory, in bytes: what it shares with others is divided among them (`Pss` in proc(5)).
+///
+/// # Panics
+/// There is no such process.
+#[track_caller]
+pub fn pss(pid: u32) -> u64 {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("the process is there");
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:")?.strip_suffix(" kB"));
+    line.expect("a sum").trim().parse::<u64>().expect("a number") << 10
+}
+
 /// The processes, mounts, sockets, directories and cgroups that pods make on a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Traces {

@@ -19,6 +19,7 @@ mod lifecycle;
 mod network;
 mod process;
 mod programs;
+mod reclaim;
 mod resources;
 mod rpc;
 mod stdio;

@@ -20,8 +20,10 @@ use crate::event_loop::Registrar;
 use crate::seccomp::Confinement;
 
 mod announcement;
+pub mod balloon;
 pub mod block;
 pub mod chain;
+mod discard;
 pub mod fs;
 pub mod mem;
 pub mod net;
@@ -257,6 +259,8 @@ pub trait VirtioDevice: Send {
 /// The state of one device, without its queues.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DeviceState {
+    /// The balloon keeps nothing.
+    Balloon,
     /// See [`block::BlockState`].
     Block(block::BlockState),
     /// See [`fs::FsState`].

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use virtio_bindings::virtio_mmio::*;
 use vm_memory::GuestAddress;
 
+use super::balloon::Balloon;
 use super::block::Block;
 use super::fs::Fs;
 use super::mem::Mem;
@@ -47,12 +48,24 @@ struct Good {
 
 /// Every device there is.
 fn subjects() -> Vec<Subject> {
-    let mut subjects = vec![block(), fs(), mem(), net(), rng(), vsock()];
+    let mut subjects = vec![balloon(), block(), fs(), mem(), net(), rng(), vsock()];
     for subject in &mut subjects {
         subject.driver.start(0);
         subject.assert_works();
     }
     subjects
+}
+
+fn balloon() -> Subject {
+    // The number of a page, which the device leaves alone.
+    let good = Good { queue: 0, request: vec![0; 4], room: 0, answer: 0 };
+    Subject {
+        name: "balloon",
+        driver: Driver::new(Box::new(Balloon::new())),
+        answered: &[0, 1, 2],
+        good,
+        _host: Box::new(()),
+    }
 }
 
 fn block() -> Subject {

@@ -9,7 +9,7 @@
 //! prevent that without a device falling over the hole as well, and what a pod uses is bounded by its cgroup.
 //!
 //! - [`MemHandle`] is how the host says how much.
-//! - `region` knows which blocks are plugged, and answers the driver; `blocks` is its bitmap, `discard` gives memory back.
+//! - `region` knows which blocks are plugged, and answers the driver; `blocks` is its bitmap.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -30,7 +30,6 @@ use crate::memory::Pluggable;
 use region::{REQUEST_SIZE, Region, Response};
 
 mod blocks;
-mod discard;
 mod region;
 #[cfg(test)]
 mod tests;

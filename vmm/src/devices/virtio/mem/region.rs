@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryMmap};
 
 use super::MemState;
 use super::blocks::Blocks;
-use super::discard::discard;
 use crate::devices::virtio::announcement::Announcement;
+use crate::devices::virtio::discard::discard;
 use crate::error::{Error, Result};
 use crate::memory::{BLOCK_SIZE, Pluggable};
 
@@ -134,8 +134,10 @@ impl Region {
 
     fn unplug(&mut self, range: Range<usize>, memory: &GuestMemoryMmap) -> Response {
         let start = GuestAddress(self.place.start.0 + range.start as u64 * BLOCK_SIZE);
-        if discard(memory, start, range.len() * BLOCK_SIZE as usize).is_err() {
-            return Response::BUSY;
+        for pages in memory.get_slices(start, range.len() * BLOCK_SIZE as usize) {
+            if !pages.is_ok_and(|pages| discard(memory, &pages).is_ok()) {
+                return Response::BUSY;
+            }
         }
         self.blocks.set(range, false);
         self.announcement.change_unannounced();
