@@ -175,7 +175,8 @@ fn assemble(
     let block_slots = devices.add_blocks(parts.image, &config.block_limit)?;
     let vsock = devices.add_vsock(config, parts.on_accept)?;
     devices.add("rng", Box::new(Rng::new()))?;
-    devices.add("balloon", Box::new(Balloon::new()))?;
+    let (balloon, reports) = Balloon::new();
+    devices.add("balloon", Box::new(balloon))?;
     devices.add("fs", Box::new(parts.fs))?;
     let net_slots = devices.add_nets(config)?;
     let growth = devices.add_memory(config)?;
@@ -222,6 +223,7 @@ fn assemble(
         config: config.clone(),
         prefetch: Vec::new(),
         growth,
+        reports,
     })
 }
 

@@ -12,6 +12,7 @@ use vm_memory::GuestAddressSpace as _;
 use crate::arch::cpuid::processor;
 use crate::bus::{Bus, SharedTransport, lock};
 use crate::devices::serial::SerialState;
+use crate::devices::virtio::balloon::BalloonHandle;
 use crate::devices::virtio::block::BlockSlot;
 use crate::devices::virtio::mem::MemHandle;
 use crate::devices::virtio::net::NetSlot;
@@ -48,6 +49,8 @@ pub struct Machine {
     pub(crate) prefetch: Vec<Pages>,
     /// Where its memory grows, if it can.
     pub(crate) growth: Option<MemHandle>,
+    /// How much memory the guest has said that it does not use.
+    pub(crate) reports: BalloonHandle,
 }
 
 impl Machine {
@@ -198,6 +201,7 @@ impl Machine {
                 .get()
                 .map(|entered| entered.duration_since(self.started).as_micros() as u64),
             plugged_mib: self.growth.as_ref().map_or(0, |growth| growth.plugged() >> 20) as u32,
+            reported_mib: self.reports.reported() >> 20,
             device_errors: self.names.iter().cloned().zip(self.bus.virtio().iter().map(errors)).collect(),
         }
     }

@@ -14,7 +14,7 @@ const REPORTING: u16 = 2;
 const PAGE: u64 = 4096;
 
 fuzz_target!(init: plant(seeds()), |input: &[u8]| {
-    let mut guest = Guest::new(Box::new(Balloon::new()), &[0, 1, REPORTING]);
+    let mut guest = Guest::new(Box::new(Balloon::new().0), &[0, 1, REPORTING]);
     guest.play(Action::decode(input), |_, _| {});
 
     // A page is taken back, and none beside it.

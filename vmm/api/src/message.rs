@@ -191,6 +191,8 @@ pub struct Status {
     pub guest_entry_us: Option<u64>,
     /// Memory that the guest uses beyond what it has booted with, in MiB.
     pub plugged_mib: u32,
+    /// Memory that the guest has reported as free and the host has taken back, in MiB. What was so more than once counts each time.
+    pub reported_mib: u64,
     /// Requests that a device refused because the driver broke the protocol, per device name.
     pub device_errors: BTreeMap<String, u64>,
 }

@@ -7,6 +7,11 @@
 //! Nothing is ever asked of the driver: the balloon's target stays zero. Inflating needs somebody who decides by how much, and who
 //! is fast when the guest wants its memory back; what a guest may have at most is bounded anyway. Its two queues are there because a
 //! driver is given them in any case, and requests in them are answered, with no effect (5.5.6: a device *may* use a page).
+//!
+//! [`BalloonHandle`] is how the host knows how much was reported.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -38,9 +43,26 @@ const PAGE_NUMBER: usize = 4;
 /// loop milliseconds at most.
 const MAX_REPORT: usize = 128 << 20;
 
+/// Says how much was reported, to any thread.
+#[derive(Clone, Default)]
+pub struct BalloonHandle {
+    reported: Arc<AtomicU64>,
+}
+
+impl BalloonHandle {
+    /// What was ever taken back, in bytes. A page counts each time.
+    pub fn reported(&self) -> u64 {
+        self.reported.load(Ordering::Relaxed)
+    }
+
+    fn add(&self, bytes: usize) {
+        self.reported.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
 /// The balloon device.
-#[derive(Default)]
 pub struct Balloon {
+    handle: BalloonHandle,
     active: Option<Active>,
 }
 
@@ -51,13 +73,15 @@ struct Active {
     interrupt: Interrupt,
     health: Health,
     registrar: Registrar,
+    handle: BalloonHandle,
     paused: bool,
 }
 
 impl Balloon {
-    /// A balloon device.
-    pub fn new() -> Self {
-        Self::default()
+    /// A balloon device, of whose driver nothing has been heard.
+    pub fn new() -> (Self, BalloonHandle) {
+        let handle = BalloonHandle::default();
+        (Self { handle: handle.clone(), active: None }, handle)
     }
 }
 
@@ -86,6 +110,7 @@ impl VirtioDevice for Balloon {
             interrupt: activation.interrupt,
             health: activation.health,
             registrar: activation.registrar,
+            handle: self.handle.clone(),
             paused: false,
         });
         for (number, (_, event)) in (0..).zip(&active.queues) {
@@ -151,8 +176,9 @@ impl Active {
         let chain = queue.iter(&*memory).map_err(failed)?.next();
         if let Some(chain) = chain {
             let head = chain.head_index();
-            if !answer(&memory, chain, number, queue.size()) {
-                self.health.count_error();
+            match answer(&memory, chain, number, queue.size()) {
+                Some(taken) => self.handle.add(taken),
+                None => self.health.count_error(),
             }
             queue.add_used(&*memory, head, 0).map_err(failed)?;
             if queue.needs_notification(&*memory).map_err(failed)? {
@@ -166,26 +192,33 @@ impl Active {
     }
 }
 
-/// Does what a request is for. Whether it is one.
-fn answer(memory: &GuestMemoryMmap, chain: DescriptorChain<&GuestMemoryMmap>, queue: u16, size: u16) -> bool {
-    let Some(Chain { readable, writable }) = Chain::walk(memory, chain, size) else {
-        return false;
-    };
+/// Does what a request is for, if it is one. Says how many bytes were taken back.
+fn answer(
+    memory: &GuestMemoryMmap,
+    chain: DescriptorChain<&GuestMemoryMmap>,
+    queue: u16,
+    size: u16,
+) -> Option<usize> {
+    let Chain { readable, writable } = Chain::walk(memory, chain, size)?;
     match queue {
-        REPORTING => readable.is_empty() && !writable.is_empty() && take_back(memory, writable),
-        _ => writable.is_empty() && !readable.is_empty() && readable.len().is_multiple_of(PAGE_NUMBER),
+        REPORTING if readable.is_empty() && !writable.is_empty() => take_back(memory, writable),
+        REPORTING => None,
+        _ => {
+            let are_numbers = !readable.is_empty() && readable.len().is_multiple_of(PAGE_NUMBER);
+            (writable.is_empty() && are_numbers).then_some(0)
+        }
     }
 }
 
 /// Gives reported pages back to the host, if they are pages.
-fn take_back(memory: &GuestMemoryMmap, mut reported: Buffers<'_>) -> bool {
+fn take_back(memory: &GuestMemoryMmap, mut reported: Buffers<'_>) -> Option<usize> {
     if !reported.slices().all(is_of_whole_pages) {
-        return false;
+        return None;
     }
     let length = reported.len().min(MAX_REPORT);
-    let pages = reported.split_front(length);
-    // What the kernel does not take, stays the guest's.
-    pages.is_some_and(|pages| pages.slices().all(|pages| discard(memory, pages).is_ok()))
+    let pages = reported.split_front(length)?;
+    // What the kernel does not take stays the guest's.
+    pages.slices().all(|pages| discard(memory, pages).is_ok()).then_some(length)
 }
 
 impl Drop for Balloon {
@@ -216,7 +249,7 @@ mod tests {
 
     /// A driver in whose memory each of the pages is full of a byte that is not zero.
     fn new_driver() -> Driver {
-        let mut driver = Driver::new(Box::new(Balloon::new()));
+        let mut driver = Driver::new(Box::new(Balloon::new().0));
         driver.start(1 << VIRTIO_BALLOON_F_REPORTING);
         fill(&driver);
         driver
@@ -258,6 +291,19 @@ mod tests {
         assert_eq!(driver.transport.health().errors(), 0);
         fill(&driver);
         assert_eq!(taken(&driver), [0; 0]);
+    }
+
+    #[test]
+    fn what_is_reported_is_counted() {
+        let (device, handle) = Balloon::new();
+        let mut driver = Driver::new(Box::new(device));
+        driver.start(1 << VIRTIO_BALLOON_F_REPORTING);
+        assert_eq!(handle.reported(), 0);
+        report(&mut driver, &[pages(0, 4), pages(3, 1)]);
+        report(&mut driver, &[Descriptor::writable(FREE, 1)]);
+        driver.queues[0].add(&[Descriptor::readable(FREE, 4)]);
+        driver.exchange(0, 1);
+        assert_eq!(handle.reported(), 5 * PAGE);
     }
 
     #[test]
@@ -360,7 +406,7 @@ mod tests {
         assert_eq!(taken(&driver), [0; 0]);
         let saved = driver.transport.save();
 
-        let mut driver = driver.move_to(Box::new(Balloon::new()));
+        let mut driver = driver.move_to(Box::new(Balloon::new().0));
         driver.transport.restore(&saved).unwrap();
         driver.transport.resume();
 

@@ -16,8 +16,8 @@ pub(super) fn is_of_whole_pages(bytes: &VolatileSlice<'_>) -> bool {
     start.is_multiple_of(PAGE_SIZE) && bytes.len().is_multiple_of(PAGE_SIZE)
 }
 
-/// Gives back what lies behind these pages of guest memory. They read afterwards as they did when the machine came into being:
-/// as zero, or as the template does from which it has gone on.
+/// Gives back what lies behind these pages of guest memory. They read afterwards as zero, or where memory is a file's, as that file
+/// does: the template from which the machine has gone on.
 ///
 /// # Errors
 /// They are no whole pages, are not all in one region of `memory`, or the kernel refuses.

@@ -61,7 +61,7 @@ fn balloon() -> Subject {
     let good = Good { queue: 0, request: vec![0; 4], room: 0, answer: 0 };
     Subject {
         name: "balloon",
-        driver: Driver::new(Box::new(Balloon::new())),
+        driver: Driver::new(Box::new(Balloon::new().0)),
         answered: &[0, 1, 2],
         good,
         _host: Box::new(()),
