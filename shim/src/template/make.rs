@@ -9,11 +9,11 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use mayu_vmm_api::{Request, VmConfig};
+use mayu_vmm_api::{Request, VmConfig, VmmClient};
 use rustix::fs::{FlockOperation, flock};
 use slog::{Logger, debug, info, warn};
 use tokio::net::UnixStream;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::{Description, Saved, Store, Template, checksum, machine, now, number, rehearsal};
 use crate::Result;
@@ -25,6 +25,12 @@ use crate::sandbox::{too_late, wait_for_agent, with_console};
 use crate::state_dir;
 use crate::uids::Lease;
 use crate::vmm_process::{Building, HostFiles, Origin, Spawned, VmmProcess};
+
+/// How long a machine may take to report its free memory before it is saved without. A kernel of one's own may never do so.
+const REPORTS: Duration = Duration::from_secs(10);
+
+/// When nothing was reported for so long, all that was free has been.
+const REPORTS_SETTLE: Duration = Duration::from_millis(100);
 
 /// Makes the template of a configuration, where it is not there. None where another process is making one.
 ///
@@ -131,6 +137,7 @@ async fn save(config: &Config, machine: &VmConfig, files: HostFiles, new: &Path,
     let of_vmm = state.try_clone().map_err(file("share", new.join("state")))?;
     let parts = Parts { machine, files, origin, share: &new.join("share") };
     with_machine(config, parts, log, async |machine, _| {
+        wait_for_reports(&machine.client, log).await?;
         machine.client.request(Request::Pause, &[]).await?;
         Ok(machine.client.request(Request::Save, &[of_vmm.as_fd()]).await?)
     })
@@ -157,6 +164,26 @@ async fn rehearse(config: &Config, machine: &VmConfig, new: &Path, log: &Logger)
         Err(error) => warn!(log, "what pods will touch is not known"; "error" => error.to_string()),
     }
     remove(&share)
+}
+
+/// Waits until the guest has reported the memory that it does not use, which Linux does two seconds after its balloon has been
+/// found. Each pod would do it anew otherwise, and have copies of its own of what the guest's kernel notes about that memory.
+async fn wait_for_reports(client: &VmmClient, log: &Logger) -> Result<()> {
+    let reported = async {
+        let mut before = 0;
+        loop {
+            let now = client.status().await?.reported_mib;
+            if now > 0 && now == before {
+                return Ok(());
+            }
+            before = now;
+            sleep(REPORTS_SETTLE).await;
+        }
+    };
+    timeout(REPORTS, reported).await.unwrap_or_else(|_| {
+        debug!(log, "the guest has not reported free memory, and is saved as it is");
+        Ok(())
+    })
 }
 
 /// Starts a machine from a template, as a pod does. Says how long it took until the agent had answered.
