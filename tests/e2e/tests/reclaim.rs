@@ -23,14 +23,22 @@ fn idle(flags: &[&str]) -> Container {
     container
 }
 
-/// Has a process fill so many bytes and end. Returns what the VMM has of the host's memory before, and at the peak.
-fn peak(container: &Container, bytes: u64) -> (u64, u64) {
+/// What the VMM has of the host's memory before a process has filled some and at the peak, in bytes, and when that process was told to
+/// end, which it has.
+struct Peak {
+    before: u64,
+    height: u64,
+    over: Instant,
+}
+
+/// Has a process fill so many bytes and end.
+fn peak(container: &Container, bytes: u64) -> Peak {
     let program = format!(
         "import os, time\n\
          memory = b'x' * {bytes}\n\
+         assert memory.count(b'x') == {bytes}\n\
          open('/dev/shm/full', 'w').close()\n\
          while not os.path.exists('/dev/shm/enough'): time.sleep(0.1)\n\
-         assert memory.count(b'x') == {bytes}\n\
          os.remove('/dev/shm/enough')\n\
          os.remove('/dev/shm/full')\n"
     );
@@ -38,22 +46,22 @@ fn peak(container: &Container, bytes: u64) -> (u64, u64) {
     run(&mut container.exec_command(&["--detach"], &["python3", "-c", &program])).success();
     let has = |path: &str| container.exec(&["test", "-e", path]).code == 0;
     eventually("memory is full", || has("/dev/shm/full"));
-    let at_peak = pss(container.pid());
+    let height = pss(container.pid());
+    let over = Instant::now();
     container.script("touch /dev/shm/enough");
-    eventually("the process has found its memory as it was", || !has("/dev/shm/full"));
-    (before, at_peak)
+    eventually("the process has ended", || !has("/dev/shm/full"));
+    Peak { before, height, over }
 }
 
 /// Peaks twice, the second time in memory that was taken back.
 #[track_caller]
 fn assert_goes_back(container: &Container, bytes: u64) {
     for _ in 0..2 {
-        let (before, at_peak) = peak(container, bytes);
-        let started = Instant::now();
-        let added = at_peak - before;
+        let Peak { before, height, over } = peak(container, bytes);
+        let added = height - before;
         assert!(added > bytes / 10 * 9, "{} of {} MiB", added / MIB, bytes / MIB);
         eventually("nine tenths of it are the host's again", || pss(container.pid()) < before + added / 10);
-        println!("{} MiB: nine tenths back within {:.1} s", added / MIB, started.elapsed().as_secs_f32());
+        println!("{} MiB: nine tenths back within {:.1} s", added / MIB, over.elapsed().as_secs_f32());
     }
 }
 
