@@ -14,6 +14,7 @@ use mayu_e2e::cri::{Cri, Pod, container, for_privileged, pod_config, privileged}
 use mayu_e2e::host::{process_status, processes_named, shim_of};
 use mayu_e2e::mount::LoopDevice;
 use mayu_e2e::shim::eventually;
+use mayu_e2e::template::current;
 use mayu_e2e::trace::{SystemCall, Trace};
 use mayu_e2e::{BUSYBOX, PATIENCE, PYTHON};
 use mayu_vmm::seccomp::{Allowed, Kind};
@@ -61,6 +62,14 @@ fn pod() -> Pod {
 fn as_privileged(config: ContainerConfig) -> ContainerConfig {
     let linux = LinuxContainerConfig { security_context: Some(privileged()), ..Default::default() };
     ContainerConfig { linux: Some(linux), ..config }
+}
+
+/// A pod whose memory is prefetched.
+fn go_on_from_the_template() {
+    current();
+    let mut pod = pod();
+    pod.run_container(container("idle", BUSYBOX, &["sleep", "1000"])).unwrap();
+    pod.remove().unwrap();
 }
 
 /// A VMM that cannot build its machine, when its threads for files are there already. They end before it does.
@@ -147,8 +156,9 @@ fn seccomp() -> i64 {
 
 #[test]
 fn no_line_of_a_filter_is_idle() {
-    let trace = Trace::of(&["mayu-vmm", "vcpu*", "virtio-fs", "block", "net?"]);
+    let trace = Trace::of(&["mayu-vmm", "vcpu*", "virtio-fs", "block", "net?", "prefetch"]);
     refuse_to_build();
+    go_on_from_the_template();
     // From its kernel on, since drivers start devices then.
     let _configuration = Configuration::set("template", "enabled", "false");
     let disk = LoopDevice::new(4 << 20);

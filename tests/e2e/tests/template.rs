@@ -54,6 +54,37 @@ fn a_pod_goes_on_from_the_template_and_has_the_host_s_clock() {
     container.remove();
 }
 
+/// How often the thread that runs the guest had to wait for a page.
+fn faults(container: &Container) -> u64 {
+    let threads =
+        fs::read_dir(format!("/proc/{}/task", container.pid())).unwrap().map(|task| task.unwrap().path());
+    let mut stats = threads.map(|thread| fs::read_to_string(thread.join("stat")).unwrap());
+    let stat = stats.find_map(|stat| Some(stat.split_once("(vcpu0) ")?.1.to_owned())).unwrap();
+    // `minflt` of proc_pid_stat(5), which has number 10; the state is 3.
+    stat.split(' ').nth(7).unwrap().parse().unwrap()
+}
+
+#[test]
+fn what_a_container_touches_is_there_before_it_does() {
+    let path = current().join("working-set");
+    let known = fs::read(&path).unwrap();
+    let faults_of_a_pod = || {
+        let container = Container::idle(&[]);
+        assert!(is_from_template(&container));
+        let faults = faults(&container);
+        container.remove();
+        faults
+    };
+
+    let prefetched = faults_of_a_pod();
+    // Without what is known of it, and with a wrong word of it, a pod starts as well.
+    fs::write(&path, "nothing").unwrap();
+    let not = faults_of_a_pod();
+    fs::write(&path, known).unwrap();
+
+    assert!(prefetched * 3 < not * 2, "{prefetched} faults, {not} without");
+}
+
 #[test]
 fn no_two_pods_from_one_template_share_a_secret() {
     current();
