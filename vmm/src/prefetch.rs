@@ -1,7 +1,7 @@
 //! Memory of a restored guest, mapped before the guest touches it: a page that is not costs an exit of the vCPU, and one that is
 //! read first and written later costs three.
 //!
-//! All of it is for speed. Where the kernel cannot do a part (`MADV_POPULATE_...` since Linux 5.14, `KVM_PRE_FAULT_MEMORY` since 6.12),
+//! All of it is for speed. Where the kernel cannot do a part (`MADV_POPULATE_WRITE` since Linux 5.14, `KVM_PRE_FAULT_MEMORY` since 6.12),
 //! the guest's own touch does it.
 
 #![allow(unsafe_code)]
@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use kvm_bindings::{KVMIO, kvm_pre_fault_memory};
 use kvm_ioctls::VcpuFd;
-use libc::{MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_RANDOM, c_int};
+use libc::{MADV_POPULATE_WRITE, MADV_RANDOM, c_int};
 use mayu_vmm_api::Pages;
 use vm_memory::{Address as _, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion as _, GuestRegionMmap};
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
@@ -31,7 +31,8 @@ pub struct Prefetch {
 }
 
 impl Prefetch {
-    /// What one vCPU has mapped, all of them have; it must not run at the same time. Without one, pages are mapped for the VMM only.
+    /// What one vCPU has mapped, all of them have; it must not run at the same time. Without one, only the pages that the guest writes to
+    /// are mapped, and those for the VMM only.
     ///
     /// # Errors
     /// The process has too many descriptors.
@@ -49,12 +50,7 @@ impl Prefetch {
         for pages in &self.pages {
             let Some(range) = Range::of(pages, memory) else { continue };
             // KVM has the VMM's mapping made where there is none, but never one that can be written to.
-            let for_vmm = match (pages.written, &self.vcpu) {
-                (true, _) => range.advise(MADV_POPULATE_WRITE),
-                (false, None) => range.advise(MADV_POPULATE_READ),
-                (false, Some(_)) => Ok(()),
-            };
-            if for_vmm.is_err() {
+            if pages.written && range.advise(MADV_POPULATE_WRITE).is_err() {
                 return;
             }
             if let Some(vcpu) = &self.vcpu
@@ -137,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_is_written_becomes_the_guest_s_own_and_one_that_is_read_stays_the_file_s() {
+    fn a_page_that_is_written_becomes_the_guest_s_own_and_others_stay_the_file_s() {
         let (file, memory) = memory();
         Prefetch::new(vec![pages(3, 2, true), pages(8, 1, false)], None).unwrap().run(&memory);
         file.write_all_at(&[7; 9 * PAGE as usize], 0).unwrap();

@@ -156,7 +156,6 @@ const EVENT_LOOP: &[Allowed] = &[
     allow!(SYS_lseek, "the size of a disk"),
     allow!(SYS_sysinfo, "whether the host has the memory that the guest is to get"),
     allow!(SYS_clone, "a thread of a device or a vCPU, and no process", equal(0, THREAD)),
-    allow!(SYS_madvise, "what the first container will read", equal(2, MADV_POPULATE_READ as u64)),
     allow!(SYS_madvise, "what the first container will write", equal(2, MADV_POPULATE_WRITE as u64)),
     allow!(SYS_ioctl, "what the first container will touch, for the guest", equal(1, KVM_PRE_FAULT_MEMORY)),
     allow!(SYS_set_robust_list, "the start of a thread"),
