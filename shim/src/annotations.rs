@@ -33,9 +33,12 @@ pub const BLOCK_OPERATIONS: &str = "io.mayu.block-operations";
 /// Milliseconds' worth of these rates that may go at once, instead of `limits.burst_ms`.
 pub const BURST_MS: &str = "io.mayu.burst-ms";
 
+/// Whether the pod may go on from a template, instead of `template.enabled`.
+pub const TEMPLATE: &str = "io.mayu.template";
+
 /// All that there are.
-pub const ALL: [&str; 7] =
-    [VCPUS, MEMORY_MIB, NET_BANDWIDTH, NET_PACKETS, BLOCK_BANDWIDTH, BLOCK_OPERATIONS, BURST_MS];
+pub const ALL: [&str; 8] =
+    [VCPUS, MEMORY_MIB, NET_BANDWIDTH, NET_PACKETS, BLOCK_BANDWIDTH, BLOCK_OPERATIONS, BURST_MS, TEMPLATE];
 
 /// The longest name or value that is repeated in an error, in characters.
 const MAX_SHOWN: usize = 64;
@@ -54,7 +57,7 @@ pub fn ours<'a>(all: impl IntoIterator<Item = (&'a String, &'a String)>) -> Anno
 /// # Errors
 /// [`Error::Annotation`] for one that is unknown, not allowed, or out of range.
 pub fn apply(config: &mut Config, annotations: &Annotations) -> Result<()> {
-    let Config { vm, limits, annotations: Allowed { allowed }, .. } = config;
+    let Config { vm, limits, template, annotations: Allowed { allowed }, .. } = config;
     for (name, value) in annotations {
         let refused = |reason: String| Error::Annotation { name: shown(name), reason };
         if !ALL.contains(&name.as_str()) {
@@ -71,6 +74,10 @@ pub fn apply(config: &mut Config, annotations: &Annotations) -> Result<()> {
             NET_PACKETS => limits.net_packets = rate(value).map_err(refused)?,
             BLOCK_BANDWIDTH => limits.block_bandwidth = rate(value).map_err(refused)?,
             BLOCK_OPERATIONS => limits.block_operations = rate(value).map_err(refused)?,
+            TEMPLATE => {
+                let wrong = |_| refused(format!("{:?} is not true or false", shown(value)));
+                template.enabled = value.parse().map_err(wrong)?;
+            }
             BURST_MS => limits.burst_ms = number(value, 1..=MAX_BURST_MS).map_err(refused)?,
             _ => vm.memory_mib = number(value, MIN_MEMORY_MIB..=MAX_MEMORY_MIB).map_err(refused)?,
         }
@@ -127,6 +134,7 @@ mod tests {
         let vm = applied(VCPUS, "3").vm;
         assert_eq!((vm.vcpus, vm.memory_mib), (3, Vm::default().memory_mib));
         assert_eq!(applied(MEMORY_MIB, "1024").vm.memory_mib, 1024);
+        assert!(applied(TEMPLATE, "true").template.enabled && !applied(TEMPLATE, "false").template.enabled);
         let mut unchanged = config(&[]);
         apply(&mut unchanged, &ours([])).unwrap();
         assert_eq!(unchanged, config(&[]));
@@ -163,6 +171,7 @@ mod tests {
             (&[BLOCK_OPERATIONS], BLOCK_OPERATIONS, &long, "…"),
             (&[BURST_MS], BURST_MS, "0", "between 1 and 60000"),
             (&[BURST_MS], BURST_MS, "1s", "\"1s\""),
+            (&[TEMPLATE], TEMPLATE, "no", "\"no\" is not true or false"),
         ];
         for (allowed, name, value, words) in table {
             let message = apply(&mut config(allowed), &with(name, value)).unwrap_err().to_string();

@@ -11,6 +11,7 @@ use mayu_e2e::configuration::Configuration;
 use mayu_e2e::cri::{Cri, by_sandbox_api, container};
 use mayu_e2e::host::processes_named;
 use mayu_e2e::image::Image;
+use mayu_e2e::template::{DIRECTORY, current};
 use mayu_e2e::{BUSYBOX, how_many, run};
 
 use super::{annotated, idle, mount, pod, script, sleeping, traces};
@@ -143,7 +144,7 @@ fn annotations_of_mayu_do_what_the_operator_allows_and_no_more() {
     };
     refused("io.mayu.vm.kernel", "/etc/shadow", "no such annotation");
     refused("io.mayu.vcpus", "2", "not allowed");
-    let _allowed = Configuration::set("annotations", "allowed", r#"["io.mayu.vcpus"]"#);
+    let _allowed = Configuration::set("annotations", "allowed", r#"["io.mayu.vcpus", "io.mayu.template"]"#);
     refused("io.mayu.memory-mib", "512", "not allowed");
     let long = "9".repeat(10_000);
     for value in ["0", "999", "-1", "two", "", &long] {
@@ -154,6 +155,16 @@ fn annotations_of_mayu_do_what_the_operator_allows_and_no_more() {
     let mut pod = run("io.mayu.vcpus", "2").unwrap();
     let one = idle(&mut pod, "one");
     assert_eq!(script(&mut pod, &one, "nproc"), "2");
+    pod.remove().unwrap();
+
+    current();
+    for (value, from_template) in [("false", false), ("true", true)] {
+        let mut pod = run("io.mayu.template", value).unwrap();
+        let [vmm] = &processes_named("mayu-vmm")[..] else { panic!("one VMM") };
+        let maps = fs::read_to_string(format!("/proc/{}/maps", vmm.pid)).unwrap();
+        assert_eq!(maps.contains(DIRECTORY), from_template, "{value}");
+        pod.remove().unwrap();
+    }
 }
 
 #[test]
