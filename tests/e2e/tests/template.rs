@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use mayu_e2e::configuration::Configuration;
 use mayu_e2e::shim::eventually;
 use mayu_e2e::template::{DIRECTORY, current, mayu_template};
-use mayu_e2e::{Container, counted, how_many};
+use mayu_e2e::{Container, PYTHON, counted, how_many};
 
 /// How often a maker is killed, each time a little later.
 const KILLS: u32 = 10;
@@ -100,6 +100,56 @@ fn no_two_pods_from_one_template_share_a_secret() {
         for secret in secrets.lines() {
             assert!(seen.insert(secret.to_owned()), "pod {pod} has the secret {secret} of another one");
         }
+        container.remove();
+    }
+}
+
+/// With which numbers TCP begins three connections, each of which is the same one in every pod, without what the time adds to a number: one
+/// for each 64 ns (`secure_tcp_seq` in net/core/secure_seq.c).
+const SEQUENCE_NUMBERS: &str = r#"
+import socket, struct, time
+packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
+packets.bind(("lo", 0))
+for port in 40001, 40002, 40003:
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    client.bind(("127.0.0.1", port))
+    now = time.time_ns()
+    client.connect_ex(("127.0.0.1", 9))
+    source = number = 0
+    while source != port:
+        tcp = packets.recv(100)[14 + 20:]
+        source, number = struct.unpack(">HxxI", tcp[:8])
+    print((number - (now >> 6)) % 2**32)
+    client.close()
+"#;
+
+/// Whether these are of the same secret: then nothing but half a second at most makes a difference.
+fn are_alike(one: &[u32], other: &[u32]) -> bool {
+    const HALF_A_SECOND: u32 = 500_000_000 >> 6;
+    let distance = |(one, other): (&u32, &u32)| one.wrapping_sub(*other).min(other.wrapping_sub(*one));
+    one.iter().zip(other).map(distance).all(|distance| distance < HALF_A_SECOND)
+}
+
+#[test]
+fn no_two_pods_from_one_template_begin_a_connection_alike() {
+    current();
+    let numbers = |container: &Container| -> Vec<u32> {
+        let text = container.exec(&["python3", "-c", SEQUENCE_NUMBERS]).success().text();
+        text.lines().map(|line| line.parse().unwrap()).collect()
+    };
+    let mut seen: Vec<Vec<u32>> = Vec::new();
+    for pod in 0..8 {
+        let container = Container::detached(PYTHON, &[], &["sleep", "infinity"]);
+        assert!(is_from_template(&container));
+        let of_this = numbers(&container);
+        assert_eq!(of_this.len(), 3);
+        assert!(are_alike(&of_this, &numbers(&container)), "one secret is seen as such");
+        assert!(
+            !seen.iter().any(|other| are_alike(other, &of_this)),
+            "pod {pod} has the secret of another one"
+        );
+        seen.push(of_this);
         container.remove();
     }
 }
