@@ -7,7 +7,7 @@
 #   make fuzz      made-up input to all that hears from outside (TARGET=<name> is one of tests/fuzz, FUZZ_SECONDS=60 for each)
 #   make e2e       the end-to-end tests in the lab (E2E=<part of a name> runs only those)
 #   make soak      a thousand pods, ten thousand execs in one, and five minutes under attack: hours in the lab
-#   make bench     measure times and memory, in counted instructions
+#   make bench     measure times and memory, in counted instructions, and put them into the documents (BENCH=<part>: only that)
 #   make guest     the guest kernel and the guest image
 #   make lab       a shell in the lab (Ctrl-A X leaves)
 #   make install   install everything for this host's containerd (DESTDIR and PREFIX as usual)
@@ -28,6 +28,7 @@ FORCE ?=
 IMAGE ?= mayu-node:latest
 CONTAINERD ?= 1.7 2.1 2.1/sandbox
 E2E ?=
+BENCH ?= start data idle pods requests-2.1 requests-1.7
 FUZZ_SECONDS ?= 60
 TARGET ?=
 
@@ -71,9 +72,9 @@ soak: payload
 	    tests/lab/e2e $(payload) $(results)/soak 2.1 one_after_another hundred_execs attack
 
 bench: payload
-	for part in bench 'bench-requests 2.1 runc mayu mayu-sandbox' 'bench-requests 1.7 runc mayu'; do \
-	    tests/lab/run --mode exact --payload $(payload) --results $(results)/bench --memory 4096 --timeout 3600 -- ./lab/$$part; \
-	done
+	tests/lab/bench $(payload) $(results)/bench $(BENCH)
+	for part in $(BENCH); do cp $(results)/bench/$$part/measurements.jsonl docs/measurements/$$part.jsonl; done
+	scripts/bench-report
 
 lab: payload
 	tests/lab/shell --payload $(payload)

@@ -1,5 +1,5 @@
 //! `cri-times ROUNDS HANDLER…`: how long RunPodSandbox, and creating and starting a container in the pod, take with each
-//! runtime handler, in turn. Prints a line for each: handler, request, milliseconds.
+//! runtime handler, in turn. Prints a line for each: handler, request, microseconds.
 
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "a measurement that fails is to stop")]
 
@@ -18,8 +18,8 @@ fn main() {
         for handler in &handlers {
             let times = measure(handler);
             if round > 0 {
-                for (request, milliseconds) in times {
-                    println!("{handler} {request} {milliseconds}");
+                for (request, microseconds) in times {
+                    println!("{handler} {request} {microseconds}");
                 }
             }
         }
@@ -30,10 +30,10 @@ fn measure(handler: &str) -> [(&'static str, u128); 2] {
     let cri = Cri::connect(&[BUSYBOX]);
     let started = Instant::now();
     let mut pod = cri.run_as(pod_config(LinuxPodSandboxConfig::default()), handler).expect("a pod");
-    let pod_ready = started.elapsed().as_millis();
+    let pod_ready = started.elapsed().as_micros();
     let started = Instant::now();
     pod.run_container(container("one", BUSYBOX, &["sleep", "infinity"])).expect("a container");
-    let container_started = started.elapsed().as_millis();
+    let container_started = started.elapsed().as_micros();
     pod.remove().expect("the pod is removed");
     [("RunPodSandbox", pod_ready), ("StartContainer", container_started)]
 }
