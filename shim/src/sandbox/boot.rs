@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicU64;
 
 use mayu_agent_api::{READY_PORT, RPC_PORT};
 use mayu_vmm_api::{Event, EventStream, MAX_NET_SLOTS, Request, VmConfig};
-use slog::{Logger, info, warn};
+use slog::{Logger, debug, info, warn};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, watch};
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -341,8 +341,13 @@ async fn run_guest(
     let ((ready, agent), network) = tokio::try_join!(agent, wiring)?;
     let hostname = spec.hostname.as_ref().unwrap_or(&blueprint.id);
     // Kernel parameters of the pod may be those of an interface.
-    let prefetch = async { Ok(client.request(Request::Prefetch, &[]).await?) };
-    tokio::try_join!(prefetch, agent.configure_network(network.request()))?;
+    let prefetch = async {
+        if let Err(error) = client.request(Request::Prefetch, &[]).await {
+            debug!(log, "the pod starts slower than it could"; "error" => error.to_string());
+        }
+    };
+    let ((), configured) = tokio::join!(prefetch, agent.configure_network(network.request()));
+    configured?;
     agent.configure(hostname, &spec.sysctls).await?;
     sizes.fit(Limits::default(), &client, &agent, log).await?;
     let agent_events = agent.events().await?;

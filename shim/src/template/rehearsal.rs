@@ -14,8 +14,9 @@ use mayu_agent_api::sandbox::event::Event;
 use mayu_vmm_api::{Pages, WorkingSet};
 use oci_spec::runtime::{ProcessBuilder, Spec};
 use protobuf::MessageField;
-use rustix::fs::{Advice, fadvise};
+use rustix::fs::{Advice, fadvise, fstatfs};
 use slog::Logger;
+use tokio::time::timeout;
 use ttrpc::context::Context;
 
 use super::PAGE;
@@ -34,6 +35,9 @@ const ID: &str = "rehearsal";
 /// What it runs, in its root directory: a program that is on every node, needs no other file and ends by itself.
 const PROGRAM: &str = "mayu-vmm";
 
+/// A file system that is the page cache itself (include/uapi/linux/magic.h).
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+
 /// Holds a rehearsal in `directory`, in which the template's files are.
 ///
 /// # Errors
@@ -50,15 +54,22 @@ pub async fn working_set(
     fs::copy(&config.vm.vmm, &program).map_err(file("copy", &program))?;
     let path = directory.join("memory");
     let memory = File::open(&path).map_err(file("open", &path))?;
-    // What is in the page cache would be mapped together with what is touched, and could not be told from it.
+    // What is in the page cache is mapped together with what is touched, and cannot be told from it. What is written can.
+    let only_written =
+        fstatfs(&memory).map_err(|errno| file("look at", &path)(errno.into()))?.f_type == TMPFS_MAGIC;
     fadvise(&memory, 0, None, Advice::DontNeed)
         .map_err(|errno| file("drop from the page cache", &path)(errno.into()))?;
     let inode = memory.metadata().map_err(file("look at", &path))?.ino();
     with_machine(config, parts, log, async |machine, agent| {
         let look = || touched(machine.process.pid, inode);
         let before = look()?;
-        run_container(agent, log).await?;
-        Ok(WorkingSet(join(&since(&before, look()?))))
+        let deadline = config.timeouts.boot();
+        timeout(deadline, run_container(agent, log)).await.map_err(|_| Error::Rehearsal {
+            reason: format!("it does not end within {} s", deadline.as_secs()),
+        })??;
+        let mut touched = since(&before, look()?);
+        touched.retain(|_, written| *written || !only_written);
+        Ok(WorkingSet(join(&touched)))
     })
     .await
 }
