@@ -80,6 +80,8 @@ pub async fn run() {
                 connect(&agent, &behaviour, port, fds).await;
                 Reply::Ok
             }
+            // There is nothing that it could map.
+            Request::Prefetch => Reply::Ok,
             Request::Status => Reply::Status(vmm::Status { running: true, ..Default::default() }),
             other => Reply::Error { reason: format!("unexpected {other:?}") },
         };
