@@ -1,5 +1,6 @@
 //! What pods start from.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -22,4 +23,13 @@ pub fn current() -> PathBuf {
     let made = mayu_template(&["create"]).success().text();
     let name = made.strip_prefix("template ").and_then(|rest| rest.split(':').next());
     Path::new(DIRECTORY).join(name.unwrap_or_else(|| panic!("no name in {made:?}")))
+}
+
+/// Whether a VMM's machine goes on from a template: it has that one's memory.
+///
+/// # Panics
+/// There is no such process.
+#[track_caller]
+pub fn is_used_by(vmm: u32) -> bool {
+    fs::read_to_string(format!("/proc/{vmm}/maps")).expect("the VMM is there").contains(DIRECTORY)
 }

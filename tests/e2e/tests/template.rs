@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mayu_e2e::configuration::Configuration;
 use mayu_e2e::shim::eventually;
-use mayu_e2e::template::{DIRECTORY, current, mayu_template};
+use mayu_e2e::template::{DIRECTORY, current, is_used_by, mayu_template};
 use mayu_e2e::{Container, PYTHON, counted, how_many};
 
 /// How often a maker is killed, each time a little later.
@@ -26,9 +26,8 @@ fn templates() -> Vec<PathBuf> {
     entries.filter(is_number).collect()
 }
 
-/// Whether a container's VM goes on from a template: it has that one's memory.
 fn is_from_template(container: &Container) -> bool {
-    fs::read_to_string(format!("/proc/{}/maps", container.pid())).unwrap().contains(DIRECTORY)
+    is_used_by(container.pid())
 }
 
 #[test]

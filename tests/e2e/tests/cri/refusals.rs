@@ -11,7 +11,7 @@ use mayu_e2e::configuration::Configuration;
 use mayu_e2e::cri::{Cri, by_sandbox_api, container};
 use mayu_e2e::host::processes_named;
 use mayu_e2e::image::Image;
-use mayu_e2e::template::{DIRECTORY, current};
+use mayu_e2e::template::{current, is_used_by};
 use mayu_e2e::{BUSYBOX, how_many, run};
 
 use super::{annotated, idle, mount, pod, script, sleeping, traces};
@@ -161,8 +161,7 @@ fn annotations_of_mayu_do_what_the_operator_allows_and_no_more() {
     for (value, from_template) in [("false", false), ("true", true)] {
         let mut pod = run("io.mayu.template", value).unwrap();
         let [vmm] = &processes_named("mayu-vmm")[..] else { panic!("one VMM") };
-        let maps = fs::read_to_string(format!("/proc/{}/maps", vmm.pid)).unwrap();
-        assert_eq!(maps.contains(DIRECTORY), from_template, "{value}");
+        assert_eq!(is_used_by(vmm.pid), from_template, "{value}");
         pod.remove().unwrap();
     }
 }
