@@ -57,6 +57,22 @@ pub const VOLUME_DIR: &str = "/run/mayu/volumes";
 /// `major:minor` that the spec has to the serial number of the guest's disk (`/sys/block/*/serial`).
 pub const BLOCK_DEVICES: &str = "io.mayu.guest.block-devices";
 
+/// The annotation of a container's spec that, where it is `true`, makes it one that can be suspended: it gets its root under an overlay
+/// whose upper layer is in the guest's memory, and [`ENVIRONMENT_FILE`].
+pub const WARM: &str = "io.mayu.guest.warm";
+
+/// The annotation of a container's spec that names a suspended container of the guest. Create launches nothing then, but makes that one
+/// the container of the request: with its id, its streams and the environment of its process. Start lets it go on.
+pub const ADOPT: &str = "io.mayu.guest.adopt";
+
+/// The annotation of an adopted container's spec that names a program in the container. Start runs it to its end once the
+/// container goes on, as the spec's process but for its arguments, and fails where it does not end with 0.
+pub const HOOK: &str = "io.mayu.guest.hook";
+
+/// Where a container with [`WARM`] finds the environment of its spec's process: a JSON object of the variables. It is there before the
+/// process starts, and has been written anew before a suspended one goes on as another.
+pub const ENVIRONMENT_FILE: &str = "/run/mayu/environment.json";
+
 /// What a container's spec gives as the path of the pod's own PID namespace. The agent makes the namespace, with a process `/pause`
 /// that collects its orphans, for the first container that asks for it, and it stays until the guest ends.
 pub const POD_PID_NAMESPACE: &str = "/run/mayu/namespaces/pid";
