@@ -8,6 +8,7 @@ use oci_spec::runtime::{LinuxResources, Process, Spec};
 
 use crate::config::Config;
 use crate::pod_spec::{PodSpec, Size};
+use crate::snapshot::Wish;
 use crate::spec::annotation;
 use crate::{Error, Result, annotations};
 
@@ -22,6 +23,8 @@ const IMAGE_NAME: &str = "io.kubernetes.cri.image-name";
 pub struct Admission {
     /// The configuration, with what the pod's annotations change in it.
     pub config: Config,
+    /// What the pod says about its snapshot, if it is to have one.
+    pub wish: Option<Wish>,
     policy: Option<Policy>,
     namespace: String,
     pod: mayu_policy::Pod,
@@ -64,7 +67,8 @@ impl Admission {
     /// [`Error::Annotation`].
     pub fn new(mut config: Config, namespace: &str, spec: &PodSpec) -> Result<Self> {
         annotations::apply(&mut config, &spec.annotations)?;
-        Ok(Self { config, policy: None, namespace: namespace.into(), pod: spec.about.clone() })
+        let wish = Wish::read(&spec.annotations)?;
+        Ok(Self { config, wish, policy: None, namespace: namespace.into(), pod: spec.about.clone() })
     }
 
     /// Decides on a request, which is not even made where there is no policy.

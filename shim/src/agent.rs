@@ -8,17 +8,19 @@ use containerd_shim_protos::shim_async::TaskClient;
 use mayu_agent_api::Hello;
 use mayu_agent_api::sandbox::{
     ConfigureNetworkRequest, ConfigureRequest, CreateVolumeRequest, Event, EventsRequest, HealthRequest,
-    HealthResponse, ResizeRequest, ShutdownRequest,
+    HealthResponse, ResizeRequest, ShutdownRequest, SuspendRequest,
 };
 use mayu_agent_api::sandbox_ttrpc::SandboxClient;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
+use ttrpc::Code;
 use ttrpc::r#async::{Client, ClientStreamReceiver};
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::Context;
 
 use crate::error::system;
+use crate::snapshot::Ready;
 use crate::spec::{Part, Volume};
 use crate::{Error, Result};
 
@@ -43,6 +45,17 @@ impl std::fmt::Debug for Agent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Agent").field("deadline", &self.deadline).finish_non_exhaustive()
     }
+}
+
+/// What became of [`Agent::suspend`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Suspension {
+    /// All containers stand still.
+    Done,
+    /// The container was not ready in time.
+    NotReady,
+    /// Something is in the way, maybe not for long.
+    Hindered(String),
 }
 
 /// The agent's events, in order; it ends with the agent.
@@ -160,6 +173,36 @@ impl Agent {
         answer("bring CPUs online", self.deadline, call).await.map(drop)
     }
 
+    /// Has the containers stand still once this one is ready, if that is within `wait`. To have a container go on is a request of the
+    /// Task service.
+    ///
+    /// # Errors
+    /// As [`Agent::task`].
+    pub async fn suspend(&self, container: &str, ready: &Ready, wait: Duration) -> Result<Suspension> {
+        let (port, path) = match ready {
+            Ready::Port(port) => (u32::from(*port), String::new()),
+            Ready::File(path) => (0, path.to_string_lossy().into_owned()),
+        };
+        let request = SuspendRequest {
+            container_id: container.into(),
+            port,
+            path,
+            wait_ms: u32::try_from(wait.as_millis()).unwrap_or(u32::MAX),
+            ..Default::default()
+        };
+        let call = self.sandbox.suspend(Context::default(), &request);
+        match answer("have the containers stand still", wait + self.deadline, call).await {
+            Ok(_) => Ok(Suspension::Done),
+            Err(Error::Agent { status }) if status.code() == Code::DEADLINE_EXCEEDED => {
+                Ok(Suspension::NotReady)
+            }
+            Err(Error::Agent { status }) if status.code() == Code::FAILED_PRECONDITION => {
+                Ok(Suspension::Hindered(status.message))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// Subscribes to the agent's events.
     ///
     /// # Errors
@@ -255,7 +298,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_agents_message_is_bounded() {
-        let status = ttrpc::get_status(ttrpc::Code::INTERNAL, "\x1b".repeat(2 * MAX_MESSAGE));
+        let status = ttrpc::get_status(Code::INTERNAL, "\x1b".repeat(2 * MAX_MESSAGE));
         let error =
             answer("start", Duration::from_secs(1), async { Err::<(), _>(ttrpc::Error::RpcStatus(status)) })
                 .await

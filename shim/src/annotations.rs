@@ -36,9 +36,33 @@ pub const BURST_MS: &str = "io.mayu.burst-ms";
 /// Whether the pod may go on from a template, instead of `template.enabled`.
 pub const TEMPLATE: &str = "io.mayu.template";
 
+/// `warm` where pods like this one are to go on from where one of them was saved: see [`crate::snapshot`].
+pub const SNAPSHOT: &str = "io.mayu.snapshot";
+
+/// When the pod may be saved.
+pub const SNAPSHOT_READY: &str = "io.mayu.snapshot-ready";
+
+/// What runs in the container of a pod that goes on from a snapshot.
+pub const SNAPSHOT_HOOK: &str = "io.mayu.snapshot-hook";
+
+/// Variables of the environment that may be others in such a pod.
+pub const SNAPSHOT_ENV: &str = "io.mayu.snapshot-env";
+
 /// All that there are.
-pub const ALL: [&str; 8] =
-    [VCPUS, MEMORY_MIB, NET_BANDWIDTH, NET_PACKETS, BLOCK_BANDWIDTH, BLOCK_OPERATIONS, BURST_MS, TEMPLATE];
+pub const ALL: [&str; 12] = [
+    VCPUS,
+    MEMORY_MIB,
+    NET_BANDWIDTH,
+    NET_PACKETS,
+    BLOCK_BANDWIDTH,
+    BLOCK_OPERATIONS,
+    BURST_MS,
+    TEMPLATE,
+    SNAPSHOT,
+    SNAPSHOT_READY,
+    SNAPSHOT_HOOK,
+    SNAPSHOT_ENV,
+];
 
 /// The longest name or value that is repeated in an error, in characters.
 const MAX_SHOWN: usize = 64;
@@ -52,7 +76,7 @@ pub fn ours<'a>(all: impl IntoIterator<Item = (&'a String, &'a String)>) -> Anno
     ours.map(|(name, value)| (name.clone(), value.clone())).collect()
 }
 
-/// Changes the configuration for a pod with these annotations.
+/// Changes the configuration for a pod with these annotations. Those of its snapshot are [`crate::snapshot::Wish::read`]'s to look at.
 ///
 /// # Errors
 /// [`Error::Annotation`] for one that is unknown, not allowed, or out of range.
@@ -78,6 +102,7 @@ pub fn apply(config: &mut Config, annotations: &Annotations) -> Result<()> {
                 let wrong = |_| refused(format!("{:?} is not true or false", shown(value)));
                 template.enabled = value.parse().map_err(wrong)?;
             }
+            SNAPSHOT | SNAPSHOT_READY | SNAPSHOT_HOOK | SNAPSHOT_ENV => {}
             BURST_MS => limits.burst_ms = number(value, 1..=MAX_BURST_MS).map_err(refused)?,
             _ => vm.memory_mib = number(value, MIN_MEMORY_MIB..=MAX_MEMORY_MIB).map_err(refused)?,
         }
@@ -98,7 +123,8 @@ fn number<T: FromStr + PartialOrd + std::fmt::Display>(
     value.parse().ok().filter(|number| range.contains(number)).ok_or_else(wrong)
 }
 
-fn shown(text: &str) -> String {
+/// As much of it as is repeated in an error.
+pub(crate) fn shown(text: &str) -> String {
     let mut shown: String = text.chars().take(MAX_SHOWN).collect();
     if shown.len() < text.len() {
         shown.push('…');
@@ -176,7 +202,7 @@ mod tests {
         for (allowed, name, value, words) in table {
             let message = apply(&mut config(allowed), &with(name, value)).unwrap_err().to_string();
             assert!(message.contains(name) && message.contains(words), "{message}");
-            assert!(message.len() < 300, "{message}");
+            assert!(message.len() < 500, "{message}");
         }
     }
 }

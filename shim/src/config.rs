@@ -27,6 +27,8 @@ pub struct Config {
     pub vm: Vm,
     /// What pods start from.
     pub template: Templates,
+    /// What pods like one of them go on from.
+    pub snapshot: Snapshots,
     /// What a pod's devices may carry.
     pub limits: Rates,
     /// What a pod may ask for.
@@ -119,6 +121,37 @@ pub struct Templates {
 impl Default for Templates {
     fn default() -> Self {
         Self { enabled: true, on_demand: true, directory: "/var/lib/mayu/templates".into() }
+    }
+}
+
+/// What becomes of pods that ask for a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Snapshots {
+    /// Where they are.
+    pub store: PathBuf,
+    /// How many there may be; the one that was not used for the longest time gives way.
+    pub max_count: usize,
+    /// For how long one is used, in seconds.
+    pub max_age: u64,
+    /// How long a container may take to become ready before it is not saved any more, in seconds.
+    pub ready_within: u64,
+    /// Whether a pod may go on from one of another namespace of Kubernetes.
+    pub across_namespaces: bool,
+    /// Whether a pod may go on from one of another service account.
+    pub across_service_accounts: bool,
+}
+
+impl Default for Snapshots {
+    fn default() -> Self {
+        Self {
+            store: "/var/lib/mayu/snapshots".into(),
+            max_count: 16,
+            max_age: 86_400,
+            ready_within: 600,
+            across_namespaces: false,
+            across_service_accounts: false,
+        }
     }
 }
 
@@ -280,7 +313,10 @@ impl Config {
         }
         let Vm { vmm, kernel, image, .. } = &self.vm;
         let directory = &self.template.directory;
-        for (key, path) in [("vmm", vmm), ("kernel", kernel), ("image", image), ("directory", directory)] {
+        let store = &self.snapshot.store;
+        for (key, path) in
+            [("vmm", vmm), ("kernel", kernel), ("image", image), ("directory", directory), ("store", store)]
+        {
             if !path.is_absolute() {
                 return Err((key, format!("{} is not an absolute path", path.display())));
             }
@@ -356,6 +392,7 @@ mod tests {
             ("policy = \"\"\n", ": line 1: ", "policy"),
             ("[vm]\nkernel = \"vmlinux\"\n", ": line 2: ", "kernel: vmlinux"),
             ("[template]\ndirectory = \"templates\"\n", ": line 2: ", "directory: templates"),
+            ("[snapshot]\nstore = \"snapshots\"\n", ": line 2: ", "store: snapshots"),
             ("[limits]\nnet_bandwidth = \"ten\"\n", ": line 2: ", "\"ten\" is not a whole number"),
             ("[limits]\n\nblock_operations = \"0\"\n", ": line 3: ", "\"0\""),
             ("[limits]\nnet_packets = 1000\n", ": line 2: ", "string"),

@@ -62,6 +62,8 @@ pub struct Container {
     pub role: Role,
     /// containerd's directory for it.
     pub bundle: PathBuf,
+    /// Where its files are on the share: below its own id, or where a snapshot has those of the container that it goes on as.
+    pub place: String,
     /// What a policy knows of it.
     pub subject: Subject,
     /// Whose processes it sees.
@@ -84,6 +86,7 @@ impl Container {
             id: id.into(),
             role,
             bundle: bundle.into(),
+            place: id.into(),
             subject: Subject::default(),
             pid_namespace: PidNamespace::Own,
             hooks: OnceLock::new(),

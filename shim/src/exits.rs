@@ -88,7 +88,7 @@ async fn finish(
         for exec in container.execs() {
             if timeout(timeouts.request(), exec.not_alive()).await.is_err() {
                 warn!(pod.log, "the agent tells of no end of an exec"; "container" => &container.id, "exec" => exec.id());
-                publish(&pod, &sandbox, &exec, KILLED);
+                publish(&pod, &exec, KILLED);
             }
         }
     }
@@ -97,26 +97,26 @@ async fn finish(
     {
         debug!(pod.log, "the output of a process outlives it"; "container" => &container.id, "process" => process.id());
     }
-    publish(&pod, &sandbox, &process, status);
+    publish(&pod, &process, status);
 }
 
 /// Records an end and publishes it, if it is the first.
-pub fn publish(pod: &Pod, sandbox: &Sandbox, process: &Process, status: u32) {
+pub fn publish(pod: &Pod, process: &Process, status: u32) {
     let exit = Exit::now(status);
     // The same clock reading in the state and in the event.
     if process.finish(exit) {
-        publish_exit(pod, sandbox, process, exit);
+        publish_exit(pod, process, exit);
     }
 }
 
 /// Publishes an end that has been recorded.
-pub fn publish_exit(pod: &Pod, sandbox: &Sandbox, process: &Process, exit: Exit) {
+pub fn publish_exit(pod: &Pod, process: &Process, exit: Exit) {
     let (container, id) = (&process.container_id, process.id());
     debug!(pod.log, "process ended"; "container" => container, "process" => id, "status" => exit.status);
     pod.events.publish(TaskExit {
         container_id: process.container_id.clone(),
         id: process.id().into(),
-        pid: sandbox.pid(),
+        pid: pod.pid(),
         exit_status: exit.status,
         exited_at: exit.timestamp(),
         ..Default::default()

@@ -10,21 +10,26 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use containerd_shim_protos::api::UpdateTaskRequest;
 use containerd_shim_protos::shim_async::TaskClient;
+use containerd_shim_protos::types::mount::Mount;
+use mayu_vmm_api::VmConfig;
 use nix::sys::sysinfo::sysinfo;
 use oci_spec::runtime::Spec;
-use slog::{Logger, warn};
+use slog::{Logger, info, warn};
 use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
 use ttrpc::context::Context;
 
 use crate::admission::Admission;
+use crate::config::Config;
 use crate::container::{Container, PidNamespace, Role};
 use crate::events::Events;
 use crate::pod_spec::{Limits, PodSpec, Size};
 use crate::sandbox::{Blueprint, Sandbox};
+use crate::snapshot::{self, Likeness, Start, Store};
 use crate::state_dir::StateDir;
 use crate::storage::{self, Storage};
-use crate::{Error, Result, exits, id, spec};
+use crate::vmm_process::HostFiles;
+use crate::{Error, Result, exits, id, machine, spec};
 
 pub use api::Requested;
 pub(crate) use create::any;
@@ -61,6 +66,9 @@ struct PodState {
     admission: Option<Arc<Admission>>,
     /// Set where the pod was made with the Sandbox API.
     requested: Option<Arc<Requested>>,
+    /// Set where the VM starts with the first container, because the pod is to be saved with it, or to go on as another: what the pod is
+    /// to be.
+    deferred: Option<PodSpec>,
     containers: HashMap<String, Arc<Container>>,
     /// One of them has stood for the pod itself.
     had_pod_container: bool,
@@ -147,17 +155,58 @@ impl Pod {
         self.lock().admission.clone().ok_or(Error::NoSandbox)
     }
 
-    /// The pid that containerd is told, 0 without a VM.
+    /// The pid that containerd is told: the VMM's. Where its VM starts with its first container, the pod has none yet, and containerd
+    /// needs one that there is: this process's.
     pub fn pid(&self) -> u32 {
-        self.sandbox().map(|sandbox| sandbox.pid()).unwrap_or_default()
+        match self.sandbox() {
+            Ok(sandbox) => sandbox.pid(),
+            Err(_) if self.waits_for_container() => std::process::id(),
+            Err(_) => 0,
+        }
+    }
+
+    /// Whether its VM starts with its first container, of which there is none yet.
+    pub fn waits_for_container(&self) -> bool {
+        let state = self.lock();
+        state.deferred.is_some() && matches!(state.vm, Vm::Absent | Vm::Booting)
+    }
+
+    /// Refuses to start anything in a pod whose VM has ended, or was never started.
+    ///
+    /// # Errors
+    /// [`Error::NoSandbox`] or [`Error::SandboxGone`].
+    pub fn check_startable(&self, role: Role) -> Result<()> {
+        match role {
+            Role::Pod if self.waits_for_container() => Ok(()),
+            _ => self.running_sandbox().map(drop),
+        }
+    }
+
+    /// Boots the VM of a pod that has no container yet; or not yet, where its container has to be known for that.
+    async fn boot_ahead(self: &Arc<Self>, spec: PodSpec) -> Result<()> {
+        let admission = self.admission(&spec)?;
+        if admission.wish.is_none() {
+            return self.sandbox_with(None, spec, Start::Ordinary).await.map(drop);
+        }
+        let size = spec.limits.size(&admission.config.vm);
+        check_memory(size)?;
+        admission.decide(|| admission.pod(size))?;
+        self.lock().deferred = Some(spec);
+        Ok(())
     }
 
     /// Mounts a container's files, if it has any, booting the VM at the same time if there is none.
-    async fn sandbox_with(self: &Arc<Self>, storage: Option<Storage>, spec: PodSpec) -> Result<Arc<Sandbox>> {
+    async fn sandbox_with(
+        self: &Arc<Self>,
+        storage: Option<Storage>,
+        spec: PodSpec,
+        start: Start,
+    ) -> Result<Arc<Sandbox>> {
         let claimed = {
             let mut state = self.lock();
             let vm = state.vm.clone();
-            if storage.is_some() && state.requested.is_some() && matches!(vm, Vm::Absent) {
+            let is_early = state.requested.is_some() && state.deferred.is_none();
+            if storage.is_some() && is_early && matches!(vm, Vm::Absent) {
                 // It is for StartSandbox to boot it.
                 return Err(Error::NoSandbox);
             }
@@ -175,7 +224,7 @@ impl Pod {
             Vm::Gone(_, reason) => Err(Error::SandboxGone(reason)),
             Vm::Booting => Err(Error::NoSandbox),
             Vm::Absent => {
-                let booted = self.boot(storage, spec).await;
+                let booted = self.boot(storage, spec, start).await;
                 if booted.is_err() {
                     self.lock().vm = Vm::Absent;
                 }
@@ -184,17 +233,67 @@ impl Pod {
         }
     }
 
-    async fn boot(self: &Arc<Self>, storage: Option<Storage>, spec: PodSpec) -> Result<Arc<Sandbox>> {
+    /// How the VM of a pod starts whose first container this is.
+    fn start_of(&self, admission: &Admission, container: &Container, about: About<'_>) -> Result<Start> {
+        let Some(wish) = admission.wish.as_ref().filter(|_| matches!(self.lock().vm, Vm::Absent)) else {
+            return Ok(Start::Ordinary);
+        };
+        let Config { vm, snapshot: config, .. } = &admission.config;
+        let size = about.pod.limits.max(container.limits()).size(vm);
+        let made_of = machine::made_of(vm, &HostFiles::open(vm)?)?;
+        let machine = VmConfig { made_of, ..machine::machine(vm, size, 1) };
+        let parts = snapshot::Parts {
+            config,
+            client: &self.namespace,
+            pod: about.pod,
+            pod_id: &self.id,
+            id: &container.id,
+            spec: about.spec,
+            rootfs: about.rootfs,
+            wish,
+            machine: &machine,
+        };
+        let store = Store::new(config);
+        let start = Likeness::of(parts).map(|likeness| match store.find(&likeness, &self.log) {
+            Some(snapshot) => Ok(Start::From(Box::new(snapshot))),
+            None => store.begin(&likeness).map(|begun| match begun {
+                Ok(making) => Start::ToSave(Box::new(making)),
+                Err(reason) => {
+                    info!(self.log, "the pod starts without a snapshot"; "reason" => reason);
+                    Start::Ordinary
+                }
+            }),
+        });
+        start.unwrap_or_else(|reason| {
+            info!(self.log, "the pod cannot have a snapshot"; "reason" => reason);
+            Ok(Start::Ordinary)
+        })
+    }
+
+    /// Saves the pod once this container is ready, where that was asked for and there is nothing to go on from.
+    pub fn save_when_ready(self: &Arc<Self>, container: &Arc<Container>) {
+        let Ok(sandbox) = self.sandbox() else { return };
+        if let Some(making) = sandbox.take_making() {
+            tokio::spawn(snapshot::save(self.clone(), sandbox, container.clone(), making));
+        }
+    }
+
+    async fn boot(
+        self: &Arc<Self>,
+        storage: Option<Storage>,
+        spec: PodSpec,
+        start: Start,
+    ) -> Result<Arc<Sandbox>> {
         let admission = self.admission(&spec)?;
         let config = admission.config.clone();
-        let size = spec.limits.size(&config.vm);
+        let size = spec.limits.max(self.limits()).size(&config.vm);
         check_memory(size)?;
         admission.decide(|| admission.pod(size))?;
-        let dir = StateDir::new(&self.roots.state, &self.namespace, &self.id)?;
+        let dir = self.dir()?;
         let made = dir.clone();
         blocking(move || crate::delete::make_anew(&made)).await?;
         let (id, log) = (self.id.clone(), self.log.clone());
-        let blueprint = Blueprint { id, spec, size, config, dir: dir.clone(), log };
+        let blueprint = Blueprint { id, spec, size, start, config, dir: dir.clone(), log };
         let share = dir.clone();
         let attach = move || attach(storage.as_ref(), &share);
         let (sandbox, signs, events) = match Sandbox::boot(blueprint, attach).await {
@@ -215,6 +314,11 @@ impl Pod {
         });
         tokio::spawn(exits::follow(self.clone(), sandbox.clone(), events));
         Ok(sandbox)
+    }
+
+    /// Its directory, which is made when its VM starts.
+    fn dir(&self) -> Result<StateDir> {
+        StateDir::new(&self.roots.state, &self.namespace, &self.id)
     }
 
     fn sandbox_gone(self: &Arc<Self>, sandbox: &Arc<Sandbox>, reason: String) {
@@ -282,10 +386,10 @@ impl Pod {
         sandbox.fit(self.limits()).await
     }
 
-    async fn detach_storage(&self, sandbox: &Sandbox, container_id: &str) {
-        let (dir, id) = (sandbox.dir.clone(), container_id.to_string());
-        if let Err(error) = blocking(move || storage::detach(&dir, &id)).await {
-            warn!(self.log, "files stay mounted"; "container" => container_id, "error" => error.to_string());
+    async fn detach_storage(&self, sandbox: &Sandbox, container: &Container) {
+        let (dir, place) = (sandbox.dir.clone(), container.place.clone());
+        if let Err(error) = blocking(move || storage::detach(&dir, &place)).await {
+            warn!(self.log, "files stay mounted"; "container" => &container.id, "error" => error.to_string());
         }
     }
 
@@ -316,6 +420,14 @@ impl Pod {
     fn lock(&self) -> std::sync::MutexGuard<'_, PodState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What there is to know about a container before the VM starts.
+#[derive(Clone, Copy)]
+struct About<'a> {
+    pod: &'a PodSpec,
+    spec: &'a Spec,
+    rootfs: &'a [Mount],
 }
 
 fn attach(storage: Option<&Storage>, dir: &StateDir) -> Result<()> {

@@ -14,6 +14,7 @@ use crate::config::Vm;
 use crate::container::Role;
 use crate::cri::{DNSConfig, NamespaceMode, NamespaceOption, PodSandboxConfig};
 use crate::spec::{SANDBOX_ID, annotation, role};
+use crate::state_dir::StateDir;
 use crate::{Error, Result};
 
 /// The type under which containerd hands over a Kubernetes pod.
@@ -125,6 +126,11 @@ impl PodSpec {
             },
             files: Vec::new(),
         })
+    }
+
+    /// Where its files are, once they are written: their names below `/etc`, and their paths.
+    pub fn paths_of_files(&self, dir: &StateDir) -> Vec<(&'static str, PathBuf)> {
+        self.files.iter().map(|file| (file.name, dir.files().join(file.name))).collect()
     }
 
     /// From a request of the Sandbox API. Without a Kubernetes pod in it the defaults hold.

@@ -5,10 +5,11 @@ mod network;
 mod size;
 
 use std::collections::HashSet;
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 
 use mayu_agent_api::{STREAM_PORT, StreamId};
 use mayu_vmm_api::{Event, EventStream, ExitReason, Request, VmmClient};
@@ -26,6 +27,7 @@ use crate::console::Console;
 use crate::devices::{BlockDevice, Place, Slots};
 use crate::error::system;
 use crate::pod_spec::{Limits, Size};
+use crate::snapshot::{Making, Snapshot};
 use crate::spec::Volume;
 use crate::state_dir::StateDir;
 use crate::vmm_process::VmmProcess;
@@ -61,6 +63,10 @@ pub struct Sandbox {
     client: Arc<VmmClient>,
     own_cgroup: Option<PathBuf>,
     next_stream: AtomicU64,
+    /// Where its guest goes on from, until somebody has taken over the container in it.
+    snapshot: StdMutex<Option<Box<Snapshot>>>,
+    /// What is to be made of it.
+    making: StdMutex<Option<Box<Making>>>,
     condemned: watch::Sender<Option<String>>,
     ended: watch::Sender<Option<String>>,
     log: Logger,
@@ -136,6 +142,37 @@ impl Sandbox {
         Ok(())
     }
 
+    /// Takes note of volumes that the guest has already.
+    pub async fn has_volumes(&self, volumes: Vec<Volume>) {
+        self.volumes.lock().await.extend(volumes.into_iter().map(|volume| volume.name));
+    }
+
+    /// The snapshot that the guest goes on from, once: its container is there, and stands still.
+    pub fn take_snapshot(&self) -> Option<Box<Snapshot>> {
+        self.snapshot.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Whether the machine can be saved, and nobody has begun to.
+    pub fn is_to_be_saved(&self) -> bool {
+        self.making.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Where the machine is to be saved, once.
+    pub fn take_making(&self) -> Option<Box<Making>> {
+        self.making.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Saves the machine, which stands still meanwhile.
+    ///
+    /// # Errors
+    /// The VMM's reason why it cannot be saved. It goes on nevertheless, if it can.
+    pub async fn save(&self, state: &File) -> Result<()> {
+        self.client.request(Request::Pause, &[]).await?;
+        let saved = self.client.request(Request::Save, &[state.as_fd()]).await;
+        self.client.request(Request::Resume, &[]).await?;
+        Ok(saved.map(drop)?)
+    }
+
     /// Puts a container's block devices into slots. Says which device is in which.
     ///
     /// # Errors
@@ -195,6 +232,8 @@ impl Sandbox {
         }
         // The namespace would stay for as long as it is held, and with it what CNI wants to take away.
         *self.network.lock().await = Network::Gone;
+        // Its file is as large as the guest's memory.
+        drop(self.take_making());
         // The VMM's own word is better than what its end looks like from outside.
         while let Ok((event, _)) = signs.vmm_events.try_recv() {
             if let Event::Exited(why) = event {

@@ -126,7 +126,10 @@ impl Sandbox for SandboxService {
 
     async fn ping_sandbox(&self, _: &TtrpcContext, request: PingRequest) -> ttrpc::Result<PingResponse> {
         self.pod.check_id(&request.sandbox_id)?;
-        self.pod.running_sandbox()?.agent.health().await?;
+        match self.pod.running_sandbox() {
+            Err(Error::NoSandbox) if self.pod.waits_for_container() => {}
+            sandbox => drop(sandbox?.agent.health().await?),
+        }
         Ok(PingResponse::default())
     }
 

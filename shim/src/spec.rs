@@ -84,6 +84,8 @@ pub struct Part {
 pub struct Origin<'a> {
     /// containerd's identifier.
     pub id: &'a str,
+    /// Where its files are on the share.
+    pub place: &'a str,
     /// containerd's directory for it.
     pub bundle: &'a Path,
     /// The PID namespace that it gets; a path of the spec means nothing to the guest.
@@ -138,6 +140,13 @@ pub fn sandbox_id(bundle: &Path, id: &str) -> Result<String> {
     Ok(annotation(&spec, SANDBOX_ID).unwrap_or(id).to_string())
 }
 
+/// Has the agent know something of a container, which only the shim may tell it.
+pub fn tell_agent(spec: &mut Spec, name: &str, value: String) {
+    let mut annotations = spec.annotations().clone().unwrap_or_default();
+    annotations.insert(name.into(), value);
+    spec.set_annotations(Some(annotations));
+}
+
 /// What the container is to its pod.
 pub fn role(spec: &Spec) -> Role {
     if annotation(spec, CONTAINER_TYPE) == Some("sandbox") { Role::Pod } else { Role::Workload }
@@ -163,7 +172,7 @@ pub fn shares_pids(spec: &Spec) -> bool {
 pub fn for_guest(mut spec: Spec, origin: Origin<'_>, log: &Logger) -> Result<GuestSpec> {
     let missing =
         |what: &str| Error::Spec { path: origin.bundle.join(FILE), reason: format!("{what} is missing") };
-    let base = Path::new(SHARE_DIR).join(origin.id);
+    let base = Path::new(SHARE_DIR).join(origin.place);
     let root = spec.root_mut().as_mut().ok_or_else(|| missing("root"))?;
     let host_root = origin.bundle.join(root.path());
     let read_only = root.readonly().unwrap_or_default();
@@ -313,7 +322,7 @@ mod tests {
         pid_namespace: &PidNamespace,
         files: &[(&'static str, PathBuf)],
     ) -> Result<GuestSpec> {
-        let origin = Origin { id: "c1", bundle: Path::new("/bundle"), pid_namespace, files };
+        let origin = Origin { id: "c1", place: "c1", bundle: Path::new("/bundle"), pid_namespace, files };
         for_guest(serde_json::from_value(spec).unwrap(), origin, &log())
     }
 

@@ -4,6 +4,7 @@
 //! /run/mayu/uid:<uid>             whose VMM runs as that uid: uids.rs
 //! /run/mayu/<namespace>/<sandbox>/
 //!   vmm.json                      what `delete` needs when there is no shim to ask
+//!   files/                        what a client leaves to the shim to write: hosts, resolv.conf, ...
 //!   tree/<container>/rootfs       mount points, made here
 //!   tree/<container>/mounts/<n>
 //!   share/                        the tree, bound read-only: what virtio-fs serves. Mounts go on its paths
@@ -72,6 +73,11 @@ impl StateDir {
     /// The directory itself.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Where the pod's own files are, which containers can have mounted.
+    pub fn files(&self) -> PathBuf {
+        self.path.join("files")
     }
 
     /// What virtio-fs serves. Mounts for a container go below its name.

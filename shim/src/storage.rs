@@ -24,8 +24,8 @@ const INERT: [&str; 3] = ["nodev", "nosuid", "noexec"];
 /// What a container sees of the host's files.
 #[derive(Debug)]
 pub struct Storage {
-    /// The container.
-    pub container_id: String,
+    /// The container's place on the share.
+    pub place: String,
     /// What containerd's snapshotter wants mounted as the root, in order. May be empty.
     pub rootfs: Vec<Mount>,
     /// The root directory when `rootfs` is empty.
@@ -40,11 +40,11 @@ impl Storage {
     /// # Errors
     /// The mount that failed. What was mounted before stays until [`detach`].
     pub fn attach(&self, dir: &StateDir) -> Result<()> {
-        let tree = dir.tree().join(&self.container_id);
+        let tree = dir.tree().join(&self.place);
         for path in [tree.clone(), tree.join("rootfs"), tree.join("mounts")] {
             fs::create_dir(&path).map_err(file("create", &path))?;
         }
-        let share = dir.share().join(&self.container_id);
+        let share = dir.share().join(&self.place);
         self.attach_rootfs(&share.join("rootfs"))?;
         for (index, bind) in self.binds.iter().enumerate() {
             attach_bind(bind, &tree.join("mounts"), &share.join("mounts"), &index.to_string())?;
@@ -90,9 +90,9 @@ fn bind_root(source: &Path, target: &Path, depth: Depth, read_only: ReadOnly) ->
 ///
 /// # Errors
 /// [`Error::Mount`] or [`Error::File`].
-pub fn detach(dir: &StateDir, container_id: &str) -> Result<()> {
-    unmount_below(&dir.share().join(container_id))?;
-    let tree = dir.tree().join(container_id);
+pub fn detach(dir: &StateDir, place: &str) -> Result<()> {
+    unmount_below(&dir.share().join(place))?;
+    let tree = dir.tree().join(place);
     match fs::remove_dir_all(&tree) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(file("remove", tree)(error)),
         _ => Ok(()),
@@ -201,7 +201,7 @@ mod tests {
         let root = pod.root.path().join("root");
         fs::create_dir_all(&root).unwrap();
         fs::write(root.join("hello"), "world").unwrap();
-        Storage { container_id: "c".into(), rootfs: vec![], root, binds }
+        Storage { place: "c".into(), rootfs: vec![], root, binds }
     }
 
     fn bind(source: PathBuf, read_only: bool) -> Bind {

@@ -26,7 +26,6 @@ use crate::exits::{self, publish_exit};
 use crate::hooks::Point;
 use crate::pod::Pod;
 use crate::process::{Process, State, Step};
-use crate::sandbox::Sandbox;
 use crate::{Error, Result, stats};
 
 /// The service's name in containerd 1.x; 2.x has it as `containerd.task.v3.Task` with the same messages.
@@ -191,22 +190,22 @@ impl Task for TaskService {
 async fn start(pod: Arc<Pod>, request: StartRequest) -> Result<StartResponse> {
     let container = pod.container(&request.id)?;
     let process = container.process(&request.exec_id)?;
-    let sandbox = pod.running_sandbox()?;
+    pod.check_startable(container.role)?;
     let init = container.init.state();
     if !request.exec_id.is_empty() && !matches!(init, State::Created | State::Running) {
         return Err(Error::WrongState { operation: "start an exec in the container of", state: init.name() });
     }
     process.step(Step::Start, "start")?;
     if container.role == Role::Workload
-        && let Err(error) = start_in_guest(&pod, &sandbox, &process, &request).await
+        && let Err(error) = start_in_guest(&pod, &process, &request).await
     {
         // An exec that never began has no end that containerd hears of; an init process has, as with runc.
         if process.finish_unstarted() && request.exec_id.is_empty() {
-            publish_exit(&pod, &sandbox, &process, process.wait().await);
+            publish_exit(&pod, &process, process.wait().await);
         }
         return Err(error);
     }
-    let pid = sandbox.pid();
+    let pid = pod.pid();
     if request.exec_id.is_empty() {
         pod.events.publish(TaskStart { container_id: container.id.clone(), pid, ..Default::default() });
     } else {
@@ -215,6 +214,9 @@ async fn start(pod: Arc<Pod>, request: StartRequest) -> Result<StartResponse> {
     }
     // Only now may its end be published.
     process.step(Step::Started, "start")?;
+    if request.exec_id.is_empty() {
+        pod.save_when_ready(&container);
+    }
     if let Some(hooks) = container.hooks.get().filter(|_| request.exec_id.is_empty()) {
         // Failures are logged there.
         let _ = hooks.run(Point::Started, pid, &pod.log).await;
@@ -223,12 +225,8 @@ async fn start(pod: Arc<Pod>, request: StartRequest) -> Result<StartResponse> {
     Ok(StartResponse { pid, ..Default::default() })
 }
 
-async fn start_in_guest(
-    pod: &Pod,
-    sandbox: &Sandbox,
-    process: &Process,
-    request: &StartRequest,
-) -> Result<()> {
+async fn start_in_guest(pod: &Pod, process: &Process, request: &StartRequest) -> Result<()> {
+    let sandbox = &*pod.running_sandbox()?;
     // Before the first program that could use it.
     sandbox.adopt_network().await?;
     pod.open_stdio(sandbox, process).await?;
@@ -280,7 +278,7 @@ async fn kill(pod: Arc<Pod>, request: KillRequest) -> Result<Empty> {
         _ => {}
     }
     if container.role == Role::Pod {
-        kill_pod(&pod, &process, request.signal).await?;
+        kill_pod(&pod, &process, request.signal);
         return Ok(Empty::new());
     }
     let sent = match pod.running_sandbox() {
@@ -301,12 +299,10 @@ async fn kill(pod: Arc<Pod>, request: KillRequest) -> Result<Empty> {
 }
 
 /// Ends what stands for the pod. The VM goes with its last container.
-async fn kill_pod(pod: &Arc<Pod>, process: &Process, signal: u32) -> Result<()> {
-    let sandbox = pod.sandbox()?;
+fn kill_pod(pod: &Pod, process: &Process, signal: u32) {
     if i32::try_from(signal).is_ok_and(|signal| DEADLY.contains(&signal)) {
-        exits::publish(pod, &sandbox, process, 128 + signal);
+        exits::publish(pod, process, 128 + signal);
     }
-    Ok(())
 }
 
 async fn pause(pod: Arc<Pod>, request: PauseRequest) -> Result<Empty> {

@@ -19,27 +19,23 @@
 mod make;
 mod rehearsal;
 
-use std::fs::{self, File, Metadata};
+use std::fs::{self, File};
 use std::io::{self, Read as _};
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use mayu_agent_api::READY_PORT;
-use mayu_vmm_api::{RateLimit, VmConfig};
+use mayu_vmm_api::VmConfig;
 use serde::{Deserialize, Serialize};
 use slog::{Logger, debug, warn};
 
 use crate::config::{Config, Vm};
 use crate::error::file;
 use crate::pod_spec::Size;
+use crate::saved::{self, Saved};
 use crate::vmm_process::HostFiles;
-use crate::{Error, Result};
+use crate::{Error, Result, machine};
 
 pub use make::{make, make_in_background, try_out};
-
-/// The guest's vsock context id. It need not differ from pod to pod: each VMM has a vsock of its own.
-pub(crate) const GUEST_CID: u32 = 3;
 
 /// How long one that could not be made is not tried again for.
 const RETRY: Duration = Duration::from_secs(600);
@@ -73,71 +69,14 @@ pub struct Description {
     pub memory_checksum: u32,
 }
 
-/// A template's files, opened to be read.
-#[derive(Debug)]
-pub struct Saved {
-    /// What the VMM has saved.
-    pub state: File,
-    /// The guest's memory.
-    pub memory: File,
-    /// What pods touch of it.
-    pub working_set: Option<File>,
-}
-
-impl Saved {
-    fn open(directory: &Path) -> Result<Self> {
-        let open = |name| {
-            let path = directory.join(name);
-            File::open(&path).map_err(file("open", path))
-        };
-        Ok(Self { state: open("state")?, memory: open("memory")?, working_set: open("working-set").ok() })
-    }
-}
-
 /// The machine from which every pod of this configuration can go on.
 ///
 /// # Errors
 /// [`Error::File`]: what it is made of cannot be looked at.
 pub fn machine(vm: &Vm, files: &HostFiles) -> Result<VmConfig> {
     let first = Size { vcpus: vm.vcpus, memory_mib: vm.memory_mib };
-    let largest = first.largest(vm);
-    let host = nix::sys::utsname::uname().map_err(crate::error::system("ask for the host's kernel"))?;
-    let of_host = format!("{} {}", host.release().to_string_lossy(), host.version().to_string_lossy());
-    let made_of = [
-        ("guest kernel", identity(files.kernel.metadata(), &vm.kernel)?),
-        ("guest image", identity(files.image.metadata(), &vm.image)?),
-        ("mayu-vmm", identity(fs::metadata(&vm.vmm), &vm.vmm)?),
-        ("host kernel", of_host),
-    ];
-    Ok(VmConfig {
-        sandbox_id: "template".into(),
-        vcpus: first.vcpus,
-        max_vcpus: largest.vcpus,
-        memory_mib: first.memory_mib,
-        max_memory_mib: largest.memory_mib,
-        net_slots: 1,
-        guest_cid: GUEST_CID,
-        kernel_args: vm.kernel_args.clone(),
-        host_ports: vec![READY_PORT],
-        uid: 0,
-        net_limit: RateLimit::default(),
-        block_limit: RateLimit::default(),
-        made_of: made_of.map(|(name, identity)| (name.to_owned(), identity)).into(),
-    })
-}
-
-/// A file whose content changes gets another one. Reading all of it would take longer than a pod has to start.
-fn identity(metadata: io::Result<Metadata>, path: &Path) -> Result<String> {
-    let metadata = metadata.map_err(file("look at", path))?;
-    Ok(format!(
-        "{} (inode {} on {}, {} bytes, changed at {}.{:09})",
-        path.display(),
-        metadata.ino(),
-        metadata.dev(),
-        metadata.len(),
-        metadata.ctime(),
-        metadata.ctime_nsec()
-    ))
+    let made_of = machine::made_of(vm, files)?;
+    Ok(VmConfig { sandbox_id: "template".into(), made_of, ..machine::machine(vm, first, 1) })
 }
 
 impl Store {
@@ -210,7 +149,7 @@ impl Template {
 
     /// How much of its memory is not empty, in bytes on disk.
     pub fn size(&self) -> u64 {
-        fs::metadata(self.path.join("memory")).map_or(0, |metadata| metadata.blocks() * 512)
+        saved::size(&self.path)
     }
 
     /// Compares the memory with what it was. The state has a checksum that the VMM looks at itself, each time.
@@ -244,16 +183,7 @@ impl Template {
     /// # Errors
     /// [`Error::File`].
     pub fn delete(&self) -> Result<()> {
-        // It is none any more from here on, whatever is left of it.
-        for step in [fs::remove_file(self.path.join("description.json")), fs::remove_dir_all(&self.path)] {
-            match step {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(file("remove", &self.path)(error));
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+        saved::delete(&self.path)
     }
 
     /// Takes it away because a machine could not be restored from it.
@@ -294,7 +224,7 @@ fn number(path: &Path) -> Option<u64> {
 }
 
 fn read_description(path: &Path) -> Option<Description> {
-    serde_json::from_slice(&fs::read(path.join("description.json")).ok()?).ok()
+    serde_json::from_slice(&fs::read(path.join(saved::DESCRIPTION)).ok()?).ok()
 }
 
 /// The CRC-32 of all pages that are not empty, each with its number before it: the same wherever a file has holes.
@@ -323,10 +253,6 @@ fn checksum(memory: &mut File) -> io::Result<u32> {
     }
 }
 
-fn now() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -334,21 +260,9 @@ mod tests {
     use std::os::unix::fs::FileExt as _;
 
     fn of(kernel: &str) -> VmConfig {
-        VmConfig {
-            sandbox_id: "template".into(),
-            vcpus: 1,
-            max_vcpus: 4,
-            memory_mib: 64,
-            max_memory_mib: 128,
-            net_slots: 1,
-            guest_cid: GUEST_CID,
-            kernel_args: String::new(),
-            host_ports: vec![READY_PORT],
-            uid: 0,
-            net_limit: RateLimit::default(),
-            block_limit: RateLimit::default(),
-            made_of: [("guest kernel".to_owned(), kernel.to_owned())].into(),
-        }
+        let first = Size { vcpus: 1, memory_mib: 64 };
+        let made_of = [("guest kernel".to_owned(), kernel.to_owned())].into();
+        VmConfig { made_of, ..machine::machine(&Vm::default(), first, 1) }
     }
 
     fn put(store: &Store, name: &str, machine: &VmConfig, memory: &[u8]) {
@@ -357,7 +271,7 @@ mod tests {
         fs::write(path.join("memory"), memory).unwrap();
         fs::write(path.join("state"), "state").unwrap();
         let memory_checksum = checksum(&mut File::open(path.join("memory")).unwrap()).unwrap();
-        let description = Description { machine: machine.clone(), made: now(), memory_checksum };
+        let description = Description { machine: machine.clone(), made: saved::now(), memory_checksum };
         fs::write(path.join("description.json"), serde_json::to_vec(&description).unwrap()).unwrap();
     }
 
@@ -433,18 +347,5 @@ mod tests {
         assert_eq!(store.failure(), None);
         store.note_failure(&Error::NoSandbox);
         assert_eq!(store.failure().unwrap(), Error::NoSandbox.to_string());
-    }
-
-    #[test]
-    fn a_file_that_is_replaced_is_another_one() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("kernel");
-        let identity = || identity(fs::metadata(&path), &path).unwrap();
-        fs::write(&path, "one").unwrap();
-        let first = identity();
-        assert_eq!(identity(), first);
-        fs::write(directory.path().join("new"), "two").unwrap();
-        fs::rename(directory.path().join("new"), &path).unwrap();
-        assert_ne!(identity(), first);
     }
 }

@@ -22,7 +22,7 @@ use crate::config::{Config, Vm};
 use crate::console::{Console, Source};
 use crate::error::{file, system};
 use crate::pidfd::{PidFd, WatchedProcess};
-use crate::template::Saved;
+use crate::saved::Saved;
 use crate::uids::Lease;
 use crate::{Error, Result};
 
@@ -76,7 +76,7 @@ pub enum Origin {
     /// As well, to be saved: with its memory in this file.
     ToSave(File),
     /// Where another was saved.
-    Template(Saved),
+    Saved(Saved),
 }
 
 /// What a VMM is told to build, and the descriptors for it.
@@ -213,7 +213,7 @@ async fn build(client: Arc<VmmClient>, building: Building) -> Result<()> {
             let fds = [kvm, kernel, image, share, console, memory.as_fd()];
             client.request(Request::BuildTemplate(machine), &fds).await?;
         }
-        Origin::Template(Saved { state, memory, working_set }) => {
+        Origin::Saved(Saved { state, memory, working_set }) => {
             let mut fds = vec![kvm, state.as_fd(), memory.as_fd(), image, share, console];
             fds.extend(working_set.as_ref().map(AsFd::as_fd));
             client.request(Request::Restore(machine), &fds).await?;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::{Pod, Vm};
+use crate::container::Role;
 use crate::pod_spec::PodSpec;
 use crate::process::{Exit, Process, State, Step};
 use crate::stdio::Endpoints;
@@ -37,20 +38,20 @@ impl Pod {
         Ok(())
     }
 
-    /// Boots the VM.
+    /// Boots the VM, unless that has to wait for the first container.
     ///
     /// # Errors
     /// [`Error::NotFound`], [`Error::WrongState`], or the step of the boot that failed.
     pub async fn start_sandbox(self: &Arc<Self>) -> Result<Arc<Requested>> {
         let requested = self.requested()?;
         requested.life.step(Step::Start, "start")?;
-        if let Err(error) = self.sandbox_with(None, requested.spec.clone()).await {
+        if let Err(error) = self.boot_ahead(requested.spec.clone()).await {
             requested.life.finish_unstarted();
             return Err(error);
         }
         requested.life.step(Step::Started, "start")?;
         // Where the VM has ended since, nobody could tell the pod so before.
-        if self.running_sandbox().is_err() {
+        if self.check_startable(Role::Pod).is_err() {
             requested.life.finish(Exit::now(crate::process::KILLED));
         }
         Ok(requested)

@@ -1,12 +1,12 @@
 //! Making containers and processes.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use containerd_shim_protos::api::{CreateTaskRequest, ExecProcessRequest};
 use containerd_shim_protos::events::task::{TaskCreate, TaskExecAdded, TaskIO};
 use containerd_shim_protos::shim_async::TaskClient;
-use mayu_agent_api::{BLOCK_DEVICES, PROCESS_TYPE_URL, SPEC_TYPE_URL};
+use mayu_agent_api::{ADOPT, BLOCK_DEVICES, HOOK, PROCESS_TYPE_URL, SPEC_TYPE_URL, WARM};
 use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
@@ -14,13 +14,14 @@ use serde::Serialize;
 use slog::{info, o};
 use ttrpc::context::Context;
 
-use super::{Pod, Vm};
+use super::{About, Pod, Vm};
 use crate::admission::{Admission, Subject};
 use crate::container::{Container, Role};
 use crate::hooks::Point;
 use crate::pod_spec::{Limits, PodSpec};
 use crate::process::{Process, State, Step};
 use crate::sandbox::Sandbox;
+use crate::snapshot::{Description, Start};
 use crate::spec::{self, GuestSpec, Origin};
 use crate::stdio::{Endpoints, Opened, Streams};
 use crate::storage::Storage;
@@ -49,10 +50,19 @@ impl Pod {
             container.pid_namespace = self.pid_namespace(&spec)?;
             container.set_limits(Limits::of_container(&spec));
         }
+        let pod = self.lock().deferred.clone().unwrap_or(pod);
+        let mut start = Start::Ordinary;
+        if container.role == Role::Workload {
+            let about = About { pod: &pod, spec: &spec, rootfs: &request.rootfs };
+            start = self.start_of(&admission, &container, about)?;
+        }
+        if let Start::From(snapshot) = &start {
+            container.place.clone_from(&snapshot.description.container);
+        }
         let container = Arc::new(container);
         self.reserve(&container)?;
         let created = match self.admit(&admission, &container, &pod, &spec) {
-            Ok(()) => self.build(&container, pod, spec, request).await,
+            Ok(()) => self.build(&container, pod, spec, start, request).await,
             Err(error) => Err(error),
         };
         if created.is_err() {
@@ -88,15 +98,17 @@ impl Pod {
         container: &Arc<Container>,
         pod: PodSpec,
         spec: Spec,
+        start: Start,
         request: CreateTaskRequest,
     ) -> Result<u32> {
         let log = self.log.new(o!("container" => container.id.clone()));
-        let sandbox = match container.role {
-            Role::Pod => self.sandbox_with(None, pod).await?,
+        match container.role {
+            Role::Pod => self.boot_ahead(pod).await?,
             Role::Workload => {
-                let files = self.sandbox().map(|sandbox| sandbox.files.clone()).unwrap_or_default();
+                let files = self.files(&pod)?;
                 let origin = Origin {
                     id: &container.id,
+                    place: &container.place,
                     bundle: &container.bundle,
                     pid_namespace: &container.pid_namespace,
                     files: &files,
@@ -104,26 +116,54 @@ impl Pod {
                 let GuestSpec { mut spec, root, binds, volumes, devices, hooks } =
                     spec::for_guest(spec, origin, &log)?;
                 let rootfs = request.rootfs.clone();
-                let storage = Storage { container_id: container.id.clone(), rootfs, root, binds };
-                let sandbox = self.sandbox_with(Some(storage), pod).await?;
+                let storage = Storage { place: container.place.clone(), rootfs, root, binds };
+                let sandbox = self.sandbox_with(Some(storage), pod, start).await?;
                 sandbox.fit(self.limits()).await?;
-                sandbox.provide(volumes).await?;
+                let snapshot = sandbox.take_snapshot();
+                match &snapshot {
+                    Some(snapshot) => {
+                        sandbox.has_volumes(volumes).await;
+                        let Description { likeness, container, .. } = &snapshot.description;
+                        spec::tell_agent(&mut spec, ADOPT, container.clone());
+                        if let Some(hook) = &likeness.wish.hook {
+                            spec::tell_agent(&mut spec, HOOK, hook.clone());
+                        }
+                    }
+                    None => {
+                        sandbox.provide(volumes).await?;
+                        if sandbox.is_to_be_saved() {
+                            spec::tell_agent(&mut spec, WARM, true.to_string());
+                        }
+                    }
+                }
                 if !devices.is_empty() {
                     let places = sandbox.attach_devices(&container.id, &devices).await?;
-                    let mut annotations = spec.annotations().clone().unwrap_or_default();
-                    annotations.insert(BLOCK_DEVICES.into(), devices::annotation(&places));
-                    spec.set_annotations(Some(annotations));
+                    spec::tell_agent(&mut spec, BLOCK_DEVICES, devices::annotation(&places));
                 }
                 let hooks = container.hooks.get_or_init(|| hooks);
                 hooks.run(Point::Created, sandbox.pid(), &log).await?;
-                self.create_in_guest(&sandbox, container, &spec, request.terminal).await?;
-                sandbox
+                let created = self.create_in_guest(&sandbox, container, &spec, request.terminal).await;
+                if let (Err(error), Some(snapshot)) = (&created, snapshot) {
+                    snapshot.discard(&sandbox.config.snapshot, error, &log);
+                    // What was saved is still in the guest, and is nobody's.
+                    sandbox.condemn("its container did not go on as it was saved");
+                }
+                created?;
             }
-        };
-        self.events.publish(created_event(request, sandbox.pid()));
+        }
+        let pid = self.pid();
+        self.events.publish(created_event(request, pid));
         container.init.step(Step::Created, "create")?;
         info!(log, "container created");
-        Ok(sandbox.pid())
+        Ok(pid)
+    }
+
+    /// The pod's files, which are written when its VM starts.
+    fn files(&self, pod: &PodSpec) -> Result<Vec<(&'static str, PathBuf)>> {
+        match self.sandbox() {
+            Ok(sandbox) => Ok(sandbox.files.clone()),
+            Err(_) => Ok(pod.paths_of_files(&self.dir()?)),
+        }
     }
 
     async fn create_in_guest(
@@ -180,7 +220,7 @@ impl Pod {
         // Where the agent has made no container there is nothing to delete.
         let _ = self.delete_in_guest(&container.id, "").await;
         sandbox.release_devices(&container.id).await;
-        self.detach_storage(&sandbox, &container.id).await;
+        self.detach_storage(&sandbox, container).await;
     }
 
     /// Adds a process to a container.

@@ -58,7 +58,7 @@ impl Pod {
         }
         if let Ok(sandbox) = self.sandbox() {
             sandbox.release_devices(&container.id).await;
-            self.detach_storage(&sandbox, &container.id).await;
+            self.detach_storage(&sandbox, container).await;
         }
         if let Some(hooks) = container.hooks.get() {
             // Failures are logged there.

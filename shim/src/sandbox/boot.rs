@@ -1,8 +1,8 @@
 //! From a blueprint to a guest whose agent answers.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex as StdMutex;
 use std::sync::atomic::AtomicU64;
 
 use mayu_agent_api::{READY_PORT, RPC_PORT};
@@ -10,7 +10,7 @@ use mayu_vmm_api::{Event, EventStream, MAX_NET_SLOTS, Request, VmConfig};
 use slog::{Logger, debug, info, warn};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, watch};
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::task::{JoinError, JoinHandle, spawn_blocking};
 use tokio::time::{Instant, timeout_at};
 
 use super::network::{Given, Network};
@@ -21,19 +21,21 @@ use crate::cgroup;
 use crate::config::{Config, Timeouts, Vm};
 use crate::console::{Console, Source};
 use crate::delete::start_time;
-use crate::error::file;
+use crate::error::{file, system};
 use crate::pod_spec::{Limits, PodFile, PodSpec, Size};
+use crate::saved::Saved;
+use crate::snapshot::{Snapshot, Start};
 use crate::state_dir::{Record, StateDir};
-use crate::template::{self, GUEST_CID, Template};
+use crate::template::{self, Template};
 use crate::uids::Lease;
 use crate::vmm_process::{Building, HostFiles, Origin, Spawned, VmmProcess};
-use crate::{Error, Result};
+use crate::{Error, Result, machine};
 
 /// How a VMM ends that somebody else has killed, or the host's kernel for want of memory.
 const KILLED: &str = "signal 9";
 
 /// What a VM is made of.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Blueprint {
     /// The pod.
     pub id: String,
@@ -41,6 +43,8 @@ pub struct Blueprint {
     pub spec: PodSpec,
     /// How large the VM is to be.
     pub size: Size,
+    /// How its guest comes up.
+    pub start: Start,
     /// The operator's configuration.
     pub config: Config,
     /// The pod's directory, which has been made.
@@ -56,6 +60,8 @@ struct Begun {
     own_cgroup: Option<PathBuf>,
     /// With which its guest starts.
     size: Size,
+    /// Whether it can be.
+    is_to_be_saved: bool,
     /// When the agent has to have answered.
     deadline: Instant,
 }
@@ -82,14 +88,15 @@ impl Sandbox {
         let Blueprint { config, dir, log, .. } = &blueprint;
         let files = HostFiles::open(&config.vm)?;
         let network = Given::find(&blueprint.spec, log).await?;
-        let machine = machine(&blueprint, network.as_ref().map_or(0, Given::interfaces))?;
-        let pod_files = write_files(dir, &blueprint.spec.files)?;
-        let (mut begun, template) = begin(&blueprint, machine, files).await?;
+        let machine = of_pod(&blueprint, network.as_ref().map_or(0, Given::interfaces))?;
+        write_files(dir, &blueprint.spec.files)?;
+        let pod_files = blueprint.spec.paths_of_files(dir);
+        let (mut begun, saved) = begin(&blueprint, machine, files).await?;
         let sizes = Sizes::new(begun.size, blueprint.spec.limits, &config.vm);
         match come_up(&blueprint, &mut begun, &sizes, network, attach).await {
             Ok(Up { agent, agent_events, ready, network }) => {
-                let Blueprint { config, dir, log, .. } = blueprint;
-                let Begun { spawned, console, own_cgroup, .. } = begun;
+                let Blueprint { config, dir, start, log, .. } = blueprint;
+                let Begun { spawned, console, own_cgroup, is_to_be_saved, .. } = begun;
                 let sandbox = Self {
                     agent,
                     files: pod_files,
@@ -103,6 +110,11 @@ impl Sandbox {
                     client: spawned.client,
                     own_cgroup,
                     next_stream: AtomicU64::new(1),
+                    snapshot: StdMutex::new(saved.and_then(OnDisk::snapshot)),
+                    making: StdMutex::new(match start {
+                        Start::ToSave(making) if is_to_be_saved => Some(making),
+                        _ => None,
+                    }),
                     condemned: watch::Sender::new(None),
                     ended: watch::Sender::new(None),
                     log,
@@ -111,11 +123,18 @@ impl Sandbox {
                 Ok((sandbox, signs, agent_events))
             }
             Err(error) => {
-                let Abandoned { error, may_be_the_template } = begun.abandon(error).await;
+                let Abandoned { error, may_be_what_was_saved } = begun.abandon(error).await;
                 // What the VMM refuses from here on is something of the pod's.
                 let of_the_guest = matches!(error, Error::Boot { .. } | Error::BootTimeout { .. });
-                if let Some(template) = template.filter(|_| may_be_the_template && of_the_guest) {
-                    template.discard(&error, log);
+                match saved {
+                    // It is refused to go on without the files that it has open.
+                    Some(OnDisk::Snapshot(snapshot)) if may_be_what_was_saved => {
+                        snapshot.discard(&config.snapshot, &error, log);
+                    }
+                    Some(OnDisk::Template(template)) if may_be_what_was_saved && of_the_guest => {
+                        template.discard(&error, log);
+                    }
+                    _ => {}
                 }
                 Err(error)
             }
@@ -136,13 +155,13 @@ impl Begun {
         if let Some(directory) = &self.own_cgroup {
             cgroup::remove(directory);
         }
-        let may_be_the_template = match &error {
+        let may_be_what_was_saved = match &error {
             Error::Boot { .. } | Error::BootTimeout { .. } => true,
             Error::Vmm(mayu_vmm_api::Error::Refused { .. }) => true,
             Error::Vmm(mayu_vmm_api::Error::Closed) => end != KILLED,
             _ => false,
         };
-        Abandoned { error: with_console(error, &end, self.console.final_tail().await), may_be_the_template }
+        Abandoned { error: with_console(error, &end, self.console.final_tail().await), may_be_what_was_saved }
     }
 }
 
@@ -150,41 +169,97 @@ impl Begun {
 struct Abandoned {
     /// With what is known from the console.
     error: Error,
-    /// Whether it could be met by every pod that goes on from the same template.
-    may_be_the_template: bool,
+    /// Whether it could be met by every pod that goes on from the same template, or snapshot.
+    may_be_what_was_saved: bool,
 }
 
 impl From<Error> for Abandoned {
     fn from(error: Error) -> Self {
-        Self { error, may_be_the_template: false }
+        Self { error, may_be_what_was_saved: false }
     }
 }
 
-/// Has a VMM build the machine, from a template if there is one for it and the VMM does not refuse it.
+/// What a guest can go on from.
+enum OnDisk {
+    Template(Template),
+    Snapshot(Box<Snapshot>),
+}
+
+impl OnDisk {
+    fn snapshot(self) -> Option<Box<Snapshot>> {
+        match self {
+            Self::Template(_) => None,
+            Self::Snapshot(snapshot) => Some(snapshot),
+        }
+    }
+
+    fn machine(&self) -> &VmConfig {
+        match self {
+            Self::Template(template) => &template.description.machine,
+            Self::Snapshot(snapshot) => &snapshot.description.likeness.machine,
+        }
+    }
+
+    fn discard(&self, config: &Config, reason: &Error, log: &Logger) {
+        match self {
+            Self::Template(template) => template.discard(reason, log),
+            Self::Snapshot(snapshot) => snapshot.discard(&config.snapshot, reason, log),
+        }
+    }
+}
+
+/// Has a VMM build the machine: from what was saved, if there is something for it and the VMM does not refuse it.
 async fn begin(
     blueprint: &Blueprint,
     machine: VmConfig,
     files: HostFiles,
-) -> Result<(Begun, Option<Template>)> {
+) -> Result<(Begun, Option<OnDisk>)> {
     let Blueprint { config, log, .. } = blueprint;
-    let found = fits_template(&machine, &config.vm).then(|| template::for_pod(config, &files, log)).flatten();
-    let files = match found {
+    let files = match find_saved(blueprint, &machine, &files) {
         None => files,
-        Some((template, saved)) => {
+        Some((on_disk, saved)) => {
             let VmConfig { sandbox_id, net_limit, block_limit, .. } = machine.clone();
-            let as_saved =
-                VmConfig { sandbox_id, net_limit, block_limit, ..template.description.machine.clone() };
-            info!(log, "the pod goes on from a template"; "template" => template.name());
-            match build(blueprint, as_saved, files, Origin::Template(saved)).await {
-                Ok(begun) => return Ok((begun, Some(template))),
-                Err(Abandoned { error, may_be_the_template: false }) => return Err(error),
-                Err(Abandoned { error, .. }) => template.discard(&error, log),
+            let as_saved = VmConfig { sandbox_id, net_limit, block_limit, ..on_disk.machine().clone() };
+            match build(blueprint, as_saved, files, Origin::Saved(saved)).await {
+                Ok(begun) => return Ok((begun, Some(on_disk))),
+                Err(Abandoned { error, may_be_what_was_saved: false }) => return Err(error),
+                Err(Abandoned { error, .. }) => on_disk.discard(config, &error, log),
             }
             HostFiles::open(&config.vm)?
         }
     };
-    let begun = build(blueprint, machine, files, Origin::Kernel).await;
+    let (machine, origin) = match &blueprint.start {
+        Start::ToSave(making) if machine.net_slots == making.likeness.machine.net_slots => {
+            let memory = making.memory.try_clone();
+            let made_of = making.likeness.machine.made_of.clone();
+            (
+                VmConfig { made_of, ..machine },
+                Origin::ToSave(memory.map_err(system("share a snapshot's memory"))?),
+            )
+        }
+        _ => (machine, Origin::Kernel),
+    };
+    let begun = build(blueprint, machine, files, origin).await;
     Ok((begun.map_err(|abandoned| abandoned.error)?, None))
+}
+
+/// Finds what a guest can go on from.
+fn find_saved(blueprint: &Blueprint, machine: &VmConfig, files: &HostFiles) -> Option<(OnDisk, Saved)> {
+    let Blueprint { config, start, log, .. } = blueprint;
+    match start {
+        Start::ToSave(_) => None,
+        Start::From(snapshot) if machine.net_slots == snapshot.description.likeness.machine.net_slots => {
+            info!(log, "the pod goes on from a snapshot"; "snapshot" => snapshot.name());
+            let saved = snapshot.open().inspect_err(|error| snapshot.discard(&config.snapshot, error, log));
+            Some((OnDisk::Snapshot(snapshot.clone()), saved.ok()?))
+        }
+        _ => {
+            let fits = fits_template(machine, &config.vm);
+            let (template, saved) = fits.then(|| template::for_pod(config, files, log)).flatten()?;
+            info!(log, "the pod goes on from a template"; "template" => template.name());
+            Some((OnDisk::Template(template), saved))
+        }
+    }
 }
 
 /// Whether the machine is one that a template can become: its devices are the same, and it grows to its size.
@@ -207,10 +282,11 @@ async fn build(
     dir.write_record(&Record { uid: Some(lease.uid()), ..Record::default() })?;
     let size = Size { vcpus: machine.vcpus, memory_mib: machine.memory_mib };
     let machine = VmConfig { uid: lease.uid(), ..machine };
+    let is_to_be_saved = matches!(origin, Origin::ToSave(_));
     let building = Building { machine, files, origin, share: dir.share(), console: console_writer };
     let deadline = Instant::now() + config.timeouts.boot();
     let spawned = VmmProcess::spawn(config, building, lease, log).await?;
-    let mut begun = Begun { spawned, console, own_cgroup: None, size, deadline };
+    let mut begun = Begun { spawned, console, own_cgroup: None, size, is_to_be_saved, deadline };
     match begun.wait_until_built(blueprint).await {
         Ok(()) => Ok(begun),
         Err(error) => Err(begun.abandon(error).await),
@@ -222,11 +298,10 @@ pub(crate) fn too_late(config: &Config) -> Error {
     Error::BootTimeout { seconds: config.timeouts.boot, console: String::new() }
 }
 
-/// The machine as it boots, with a network slot for each interface. There is one in every machine: the topology is the same for
+/// The pod's machine as it boots, with a network slot for each interface. There is one in every machine: the topology is the same for
 /// all. Its uid is not known yet.
-fn machine(blueprint: &Blueprint, interfaces: usize) -> Result<VmConfig> {
+fn of_pod(blueprint: &Blueprint, interfaces: usize) -> Result<VmConfig> {
     let Config { vm, limits, .. } = &blueprint.config;
-    let largest = blueprint.size.largest(vm);
     let net_slots = u8::try_from(interfaces.max(1)).unwrap_or(u8::MAX);
     if net_slots > MAX_NET_SLOTS {
         return Err(Error::Machine(format!(
@@ -235,33 +310,23 @@ fn machine(blueprint: &Blueprint, interfaces: usize) -> Result<VmConfig> {
     }
     Ok(VmConfig {
         sandbox_id: blueprint.id.clone(),
-        vcpus: blueprint.size.vcpus,
-        max_vcpus: largest.vcpus,
-        memory_mib: blueprint.size.memory_mib,
-        max_memory_mib: largest.memory_mib,
-        net_slots,
-        guest_cid: GUEST_CID,
-        kernel_args: vm.kernel_args.clone(),
-        host_ports: vec![READY_PORT],
-        uid: 0,
         net_limit: limits.net(),
         block_limit: limits.block(),
-        made_of: BTreeMap::new(),
+        ..machine::machine(vm, blueprint.size, net_slots)
     })
 }
 
 /// Writes the pod's own files where containers can have them mounted from.
-fn write_files(dir: &StateDir, files: &[PodFile]) -> Result<Vec<(&'static str, PathBuf)>> {
-    let folder = dir.path().join("files");
+fn write_files(dir: &StateDir, files: &[PodFile]) -> Result<()> {
+    let folder = dir.files();
     if !files.is_empty() {
         fs::create_dir(&folder).map_err(file("create", &folder))?;
     }
-    let write = |pod_file: &PodFile| {
+    for pod_file in files {
         let path = folder.join(pod_file.name);
         fs::write(&path, &pod_file.text).map_err(file("write", &path))?;
-        Ok((pod_file.name, path))
-    };
-    files.iter().map(write).collect()
+    }
+    Ok(())
 }
 
 /// Puts the VMM into the pod's cgroup before it allocates anything. How to find both is written down first: whoever cleans up after
@@ -298,26 +363,34 @@ async fn come_up(
     let deadline = begun.deadline;
     let run = run_guest(blueprint, sizes, network, &mut begun.spawned);
     let run = async { timeout_at(deadline, run).await.map_err(|_| too_late(&blueprint.config))? };
+    if matches!(blueprint.start, Start::From(_)) {
+        // The guest holds files of the share as soon as it runs.
+        spawn_blocking(attach).await.map_err(cut_short)??;
+        return run.await;
+    }
     both(run, spawn_blocking(attach)).await
 }
 
 /// Runs the guest and mounts its files at the same time. A failed mount does not wait for the guest; a guest that
 /// fails waits for the mounting, which cannot be stopped half way.
 async fn both(run: impl Future<Output = Result<Up>>, mut attaching: JoinHandle<Result<()>>) -> Result<Up> {
-    let ended = |_| Error::System { operation: "mount", source: std::io::Error::other("it was cut short") };
     let mut run = std::pin::pin!(run);
     tokio::select! {
         up = &mut run => {
-            let attached = attaching.await.map_err(ended);
+            let attached = attaching.await.map_err(cut_short);
             let up = up?;
             attached??;
             Ok(up)
         }
         attached = &mut attaching => {
-            attached.map_err(ended)??;
+            attached.map_err(cut_short)??;
             run.await
         }
     }
+}
+
+fn cut_short(_: JoinError) -> Error {
+    Error::System { operation: "mount", source: std::io::Error::other("it was cut short") }
 }
 
 /// Lets the vCPUs run, waits until the agent announces itself and makes the guest this pod.

@@ -1,7 +1,6 @@
 //! How a template is made, and tried: a machine is booted as for a pod, and saved when its agent has answered.
 
 use std::fs::{self, DirBuilder, File};
-use std::io;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::os::unix::process::CommandExt as _;
@@ -15,13 +14,14 @@ use slog::{Logger, debug, info, warn};
 use tokio::net::UnixStream;
 use tokio::time::{sleep, timeout};
 
-use super::{Description, Saved, Store, Template, checksum, machine, now, number, rehearsal};
+use super::{Description, Store, Template, checksum, machine, number, rehearsal};
 use crate::Result;
 use crate::agent::Agent;
 use crate::config::Config;
 use crate::console::{Console, Source};
 use crate::error::file;
 use crate::sandbox::{too_late, wait_for_agent, with_console};
+use crate::saved::{self, Saved, now, remove, sync};
 use crate::state_dir;
 use crate::uids::Lease;
 use crate::vmm_process::{Building, HostFiles, Origin, Spawned, VmmProcess};
@@ -151,7 +151,7 @@ async fn save(config: &Config, machine: &VmConfig, files: HostFiles, new: &Path,
 /// Writes down what pods will touch. A template is of use without that.
 async fn rehearse(config: &Config, machine: &VmConfig, new: &Path, log: &Logger) -> Result<()> {
     let share = new.join("share");
-    let origin = Origin::Template(Saved::open(new)?);
+    let origin = Origin::Saved(Saved::open(new)?);
     let parts = Parts { machine, files: HostFiles::open(&config.vm)?, origin, share: &share };
     match rehearsal::working_set(config, parts, new, log).await {
         Ok(working_set) => {
@@ -195,7 +195,7 @@ pub async fn try_out(config: &Config, template: &Template, log: &Logger) -> Resu
     let share = Store::new(config).root.join("share");
     DirBuilder::new().recursive(true).mode(0o700).create(&share).map_err(file("create", &share))?;
     let (machine, files) = (&template.description.machine, HostFiles::open(&config.vm)?);
-    let parts = Parts { machine, files, origin: Origin::Template(template.open()?), share: &share };
+    let parts = Parts { machine, files, origin: Origin::Saved(template.open()?), share: &share };
     let began = Instant::now();
     with_machine(config, parts, log, async |_, _| Ok(began.elapsed())).await
 }
@@ -252,23 +252,6 @@ fn describe(machine: &VmConfig, new: &Path) -> Result<Description> {
     let mut memory = File::open(&path).map_err(file("open", &path))?;
     let memory_checksum = checksum(&mut memory).map_err(file("read", &path))?;
     let description = Description { machine: machine.clone(), made: now(), memory_checksum };
-    let path = new.join("description.json");
-    let text = serde_json::to_vec_pretty(&description).map_err(io::Error::from);
-    text.and_then(|text| fs::write(&path, text)).map_err(file("write", &path))?;
-    sync(&path)?;
-    sync(new)?;
+    saved::describe(new, &description)?;
     Ok(description)
-}
-
-/// Has a file or a directory on the disk before anything that comes after.
-fn sync(path: &Path) -> Result<()> {
-    File::open(path).and_then(|opened| opened.sync_all()).map_err(file("write back", path))
-}
-
-/// Takes away what somebody who was killed has left, if anything.
-fn remove(path: &Path) -> Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(file("remove", path)(error)),
-        _ => Ok(()),
-    }
 }

@@ -117,7 +117,8 @@ fn container(log: &Logger) -> Result<Spec> {
     let process = ProcessBuilder::default().args(arguments).cwd("/").build().map_err(failed)?;
     let mut spec = Spec::default();
     spec.set_process(Some(process));
-    let origin = Origin { id: ID, bundle: Path::new("/"), pid_namespace: &PidNamespace::Own, files: &[] };
+    let origin =
+        Origin { id: ID, place: ID, bundle: Path::new("/"), pid_namespace: &PidNamespace::Own, files: &[] };
     let GuestSpec { spec, .. } = spec::for_guest(spec, origin, log)?;
     Ok(spec)
 }
