@@ -1,7 +1,9 @@
 //! `mayu`, the operator's command.
 
 mod check;
+mod output;
 mod policy;
+mod snapshot;
 mod template;
 
 use std::process::ExitCode;
@@ -22,6 +24,8 @@ enum Command {
     Check(check::Args),
     /// Tries, tests and records policies: what a pod may be.
     Policy(policy::Args),
+    /// Lists and takes away what functions go on from that ask to be saved.
+    Snapshot(snapshot::Args),
     /// Makes, lists, verifies and takes away the machines that pods start from.
     Template(template::Args),
 }
@@ -30,6 +34,7 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Check(args) => check::run(&args),
         Command::Policy(args) => policy::run(&args),
+        Command::Snapshot(args) => snapshot::run(&args),
         Command::Template(args) => template::run(&args),
     }
 }

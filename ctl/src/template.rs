@@ -1,8 +1,7 @@
 //! `mayu template`: makes, lists, verifies and takes away what pods start from.
 
-use std::io::{self, Write as _};
 use std::process::ExitCode;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use mayu_shim::config::Config;
 use mayu_shim::template::{self, Store, Template};
@@ -10,6 +9,8 @@ use mayu_shim::vmm_process::HostFiles;
 use mayu_shim::{Error, Result};
 use mayu_vmm_api::VmConfig;
 use slog::{Discard, Logger, o};
+
+use crate::output::{ago, print, report};
 
 /// Options of `mayu template`.
 #[derive(clap::Args)]
@@ -38,20 +39,12 @@ enum Command {
 
 /// Runs a subcommand.
 pub fn run(args: &Args) -> ExitCode {
-    let done = Config::load().and_then(|config| match &args.command {
+    report(Config::load().and_then(|config| match &args.command {
         Command::Create => create(&config),
         Command::List => list(&config),
         Command::Verify { name } => verify(&config, name.as_deref()),
         Command::Delete { name } => delete(&config, name),
-    });
-    match done {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("mayu: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    }))
 }
 
 fn create(config: &Config) -> Result<bool> {
@@ -87,7 +80,7 @@ fn list(config: &Config) -> Result<bool> {
         };
         lines.push(row(
             &template.name(),
-            &age(template.description.made),
+            &ago(template.description.made),
             &format!("{} to {}", machine.vcpus, machine.max_vcpus),
             &format!("{} to {} MiB", machine.memory_mib, machine.max_memory_mib),
             &format!("{} MiB", template.size() >> 20),
@@ -102,16 +95,6 @@ fn list(config: &Config) -> Result<bool> {
 
 fn row(name: &str, made: &str, vcpus: &str, memory: &str, disk: &str, state: &str) -> String {
     format!("{name:<6} {made:<16} {vcpus:<8} {memory:<18} {disk:<9} {state}")
-}
-
-fn age(made: u64) -> String {
-    let age = SystemTime::now().duration_since(UNIX_EPOCH + Duration::from_secs(made)).unwrap_or_default();
-    match age.as_secs() {
-        seconds @ ..120 => format!("{seconds} s ago"),
-        seconds @ ..7200 => format!("{} min ago", seconds / 60),
-        seconds @ ..172_800 => format!("{} h ago", seconds / 3600),
-        seconds => format!("{} days ago", seconds / 86_400),
-    }
 }
 
 fn verify(config: &Config, name: Option<&str>) -> Result<bool> {
@@ -158,10 +141,4 @@ fn silent() -> Logger {
 fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(|source| Error::System { operation: "start the runtime", source })?.block_on(work)
-}
-
-fn print(lines: &[String]) -> Result<bool> {
-    let mut out = io::stdout().lock();
-    let written = lines.iter().try_for_each(|line| writeln!(out, "{line}"));
-    written.map(|()| true).map_err(|source| Error::System { operation: "write the answer", source })
 }

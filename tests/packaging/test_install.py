@@ -85,7 +85,8 @@ class Install(unittest.TestCase):
 
     def test_templates_go_with_what_they_are_made_of(self):
         self.install()
-        write(self.file("var/lib/mayu/templates/1/memory"), "memory")
+        for saved in ["templates/1", "snapshots/0f"]:
+            write(self.file(f"var/lib/mayu/{saved}/memory"), "memory")
         self.uninstall()
         self.assertFalse(self.file("var/lib/mayu").exists())
 

@@ -21,6 +21,7 @@ mod security;
 mod service;
 mod streams;
 mod volumes;
+mod warm;
 
 use std::fs;
 use std::path::{Path, PathBuf};
