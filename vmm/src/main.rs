@@ -12,7 +12,7 @@ use mayu_vmm::event_loop::EventLoop;
 use mayu_vmm::jail::{self, Side};
 use mayu_vmm::log::{self, RateLimit};
 use mayu_vmm::machine::Machine;
-use mayu_vmm::seccomp::{Confinement, Kind};
+use mayu_vmm::seccomp::{Confinement, Kind, Purpose};
 use mayu_vmm::snapshot::{self, Snapshot};
 use mayu_vmm_api::{Event, ExitReason, VmConfig};
 use slog::{Logger, error, info, o, warn};
@@ -91,11 +91,10 @@ fn prepare(
         Side::Inside { landlock } => landlock,
     };
     jail::bound_memory(config.max_memory_mib)?;
-    let confinement = match resources.beginning {
-        // It runs nobody's code, and makes calls to be saved that no other has to make.
-        Beginning::Template { .. } => Confinement::none(),
-        Beginning::Kernel(_) | Beginning::Saved { .. } => Confinement::seccomp()?,
-    };
+    let confinement = Confinement::seccomp(match resources.beginning {
+        Beginning::Template { .. } => Purpose::Save,
+        Beginning::Kernel(_) | Beginning::Saved { .. } => Purpose::Run,
+    })?;
     let fs = Fs::new(SHARE_TAG, jail::SHARE.as_ref(), &confinement)?;
     jail::drop_capabilities()?;
     let parts = Parts {

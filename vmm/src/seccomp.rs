@@ -4,13 +4,19 @@
 //! loop starts the threads of block and network devices, and of vCPUs that come later, while the guest runs, so that those pass its
 //! filter first, and then one of their own, which allows less.
 //!
-//! The tables below are all that there is to it. [`Kind::table`] gives them to the test that runs pods and looks whether a
-//! line is still needed.
+//! A machine that is to be saved has lines more for that, and no other machine has them: [`Kind::saving`].
+//!
+//! The tables below are all that there is to it. [`Kind::table`] and [`Kind::saving`] give them to the test that runs pods and looks
+//! whether a line is still needed.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
+use kvm_bindings::{
+    kvm_clock_data, kvm_cpuid2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_list,
+    kvm_msrs, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
 use libc::*;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
@@ -189,6 +195,44 @@ const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
 /// `_IOWR(KVMIO, 0xd5, struct kvm_pre_fault_memory)`.
 const KVM_PRE_FAULT_MEMORY: u64 = 0xc040_aed5;
 
+/// `_IOC(direction, KVMIO, number, size)` of Linux's `include/uapi/asm-generic/ioctl.h`.
+const fn kvm(direction: u64, number: u64, size: usize) -> u64 {
+    direction << 30 | (size as u64) << 16 | 0xae << 8 | number
+}
+
+/// `_IOR`.
+const fn kvm_read<T>(number: u64) -> u64 {
+    kvm(2, number, size_of::<T>())
+}
+
+/// `_IOWR`.
+const fn kvm_exchange<T>(number: u64) -> u64 {
+    kvm(3, number, size_of::<T>())
+}
+
+/// What saves one vCPU: in its thread or, if it has none, in the event loop.
+const SAVE_VCPU: &[Allowed] = &[
+    allow!(SYS_ioctl, "save: KVM_GET_MP_STATE", equal(1, kvm_read::<kvm_mp_state>(0x98))),
+    allow!(SYS_ioctl, "save: KVM_GET_CPUID2", equal(1, kvm_exchange::<kvm_cpuid2>(0x91))),
+    allow!(SYS_ioctl, "save: KVM_GET_TSC_KHZ", equal(1, kvm(0, 0xa3, 0))),
+    allow!(SYS_ioctl, "save: KVM_GET_REGS", equal(1, kvm_read::<kvm_regs>(0x81))),
+    allow!(SYS_ioctl, "save: KVM_GET_SREGS", equal(1, kvm_read::<kvm_sregs>(0x83))),
+    allow!(SYS_ioctl, "save: KVM_GET_XSAVE", equal(1, kvm_read::<kvm_xsave>(0xa4))),
+    allow!(SYS_ioctl, "save: KVM_GET_XCRS", equal(1, kvm_read::<kvm_xcrs>(0xa6))),
+    allow!(SYS_ioctl, "save: KVM_GET_DEBUGREGS", equal(1, kvm_read::<kvm_debugregs>(0xa1))),
+    allow!(SYS_ioctl, "save: KVM_GET_LAPIC", equal(1, kvm_read::<kvm_lapic_state>(0x8e))),
+    allow!(SYS_ioctl, "save: KVM_GET_MSRS", equal(1, kvm_exchange::<kvm_msrs>(0x88))),
+    allow!(SYS_ioctl, "save: KVM_GET_VCPU_EVENTS", equal(1, kvm_read::<kvm_vcpu_events>(0x9f))),
+];
+
+/// What saves all that is no single vCPU's. It is written, and the memory is mapped anew, by calls that the event loop makes anyway.
+const SAVE_MACHINE: &[Allowed] = &[
+    allow!(SYS_ioctl, "save: KVM_GET_MSR_INDEX_LIST", equal(1, kvm_exchange::<kvm_msr_list>(0x02))),
+    allow!(SYS_ioctl, "save: KVM_GET_SUPPORTED_CPUID", equal(1, kvm_exchange::<kvm_cpuid2>(0x05))),
+    allow!(SYS_ioctl, "save: KVM_GET_IRQCHIP", equal(1, kvm_exchange::<kvm_irqchip>(0x62))),
+    allow!(SYS_ioctl, "save: KVM_GET_CLOCK", equal(1, kvm_read::<kvm_clock_data>(0x7c))),
+];
+
 /// What a vCPU's thread does: it runs the guest, and what the guest does to a device's registers happens there.
 const VCPU: &[Allowed] = &[
     allow!(SYS_ioctl, "the guest's code", equal(1, KVM_RUN)),
@@ -258,6 +302,15 @@ impl Kind {
         }
     }
 
+    /// What such a thread may do beside its table in a machine that is to be saved, in parts.
+    pub fn saving(self) -> &'static [&'static [Allowed]] {
+        match self {
+            Self::EventLoop => &[SAVE_MACHINE, SAVE_VCPU],
+            Self::Vcpu => &[SAVE_VCPU],
+            Self::Fs | Self::Block | Self::Net => &[],
+        }
+    }
+
     /// Whether such a call is not made, for the caller is told that there is none.
     pub fn refuses(line: &Allowed) -> bool {
         REFUSED.iter().any(|refused| refused.number == line.number)
@@ -268,19 +321,27 @@ impl Kind {
         SELDOM.iter().any(|seldom| seldom.number == line.number)
     }
 
-    /// Whether this line is one of its table.
+    /// Whether this line is one of its own, also if only in a machine that is to be saved.
     pub fn allows(self, line: &Allowed) -> bool {
         let same = |other: &Allowed| (other.number, other.arguments) == (line.number, line.arguments);
-        self.table().iter().copied().flatten().any(same)
+        self.lines(Purpose::Save).any(same)
+    }
+
+    fn lines(self, purpose: Purpose) -> impl Iterator<Item = &'static Allowed> {
+        let saving = match purpose {
+            Purpose::Run => &[],
+            Purpose::Save => self.saving(),
+        };
+        self.table().iter().chain(saving).copied().flatten()
     }
 
     /// One program, since the kernel takes its time with each. It first looks among what is refused.
-    fn compile(self) -> Result<BpfProgram> {
+    fn compile(self, purpose: Purpose) -> Result<BpfProgram> {
         let mut program =
             compile(REFUSED.iter(), &SeccompAction::Allow, &SeccompAction::Errno(ENOSYS as u32))?;
         // That any other call is allowed. In its place the table follows.
         program.pop();
-        let allowed = self.table().iter().copied().flatten().filter(|line| !Self::refuses(line));
+        let allowed = self.lines(purpose).filter(|line| !Self::refuses(line));
         program.append(&mut compile(allowed, &SeccompAction::KillProcess, &SeccompAction::Allow)?);
         Ok(program)
     }
@@ -298,7 +359,16 @@ impl fmt::Display for Kind {
     }
 }
 
-/// Whether threads enter filters. Those of a process that has other things to do as well do not.
+/// What a machine is there for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To run.
+    Run,
+    /// To run, and to be saved.
+    Save,
+}
+
+/// The filters that threads enter.
 #[derive(Clone)]
 pub struct Confinement(Option<Arc<[(Kind, BpfProgram); 5]>>);
 
@@ -307,14 +377,15 @@ impl Confinement {
     ///
     /// # Errors
     /// A table is none that a filter can be made from.
-    pub fn seccomp() -> Result<Self> {
+    pub fn seccomp(purpose: Purpose) -> Result<Self> {
         let [event_loop, vcpu, fs, block, net] = Kind::ALL;
-        let program = |kind: Kind| Ok((kind, kind.compile()?));
+        let program = |kind: Kind| Ok((kind, kind.compile(purpose)?));
         let programs = [program(event_loop)?, program(vcpu)?, program(fs)?, program(block)?, program(net)?];
         Ok(Self(Some(Arc::new(programs))))
     }
 
-    /// No thread does.
+    /// None, for the threads of a test, which has other things to do as well.
+    #[cfg(any(test, feature = "testing"))]
     pub fn none() -> Self {
         Self(None)
     }
@@ -395,13 +466,40 @@ mod tests {
 
     use super::*;
 
+    const PURPOSES: [Purpose; 2] = [Purpose::Run, Purpose::Save];
+
+    /// All that such a thread may do in some machine.
     fn lines(kind: Kind) -> impl Iterator<Item = &'static Allowed> {
-        kind.table().iter().copied().flatten()
+        kind.lines(Purpose::Save)
     }
 
     #[test]
     fn every_table_makes_a_filter() {
-        assert!(Confinement::seccomp().is_ok());
+        assert!(PURPOSES.iter().all(|purpose| Confinement::seccomp(*purpose).is_ok()));
+    }
+
+    /// Those that `include/uapi/linux/kvm.h` makes on x86-64.
+    #[test]
+    fn requests_to_kvm_have_their_numbers() {
+        let numbers =
+            |lines: &[Allowed]| lines.iter().map(|line| line.arguments[0].value).collect::<Vec<_>>();
+        assert_eq!(
+            numbers(SAVE_VCPU),
+            [
+                0x8004_ae98,
+                0xc008_ae91,
+                0xaea3,
+                0x8090_ae81,
+                0x8138_ae83,
+                0x9000_aea4,
+                0x8188_aea6,
+                0x8080_aea1,
+                0x8400_ae8e,
+                0xc008_ae88,
+                0x8040_ae9f
+            ]
+        );
+        assert_eq!(numbers(SAVE_MACHINE), [0xc004_ae02, 0xc008_ae05, 0xc208_ae62, 0x8030_ae7c]);
     }
 
     /// A filter would allow a call with any arguments that is also there with some.
@@ -455,12 +553,13 @@ mod tests {
 
     #[test]
     fn the_filters_say_what_the_tables_say() {
-        for kind in Kind::ALL {
-            let program = kind.compile().unwrap();
+        for (kind, purpose) in Kind::ALL.into_iter().flat_map(|kind| PURPOSES.map(|purpose| (kind, purpose)))
+        {
+            let program = kind.compile(purpose).unwrap();
             for number in 0..512 {
-                let of_this: Vec<_> = lines(kind).filter(|line| line.number == number).collect();
+                let of_this: Vec<_> = kind.lines(purpose).filter(|line| line.number == number).collect();
                 let mut tried = vec![[0; 6], [u64::MAX; 6]];
-                tried.extend(of_this.iter().map(|line| {
+                tried.extend(lines(kind).filter(|line| line.number == number).map(|line| {
                     let mut arguments = [0; 6];
                     line.arguments.iter().for_each(|it| arguments[usize::from(it.index)] = it.value);
                     arguments
@@ -476,7 +575,7 @@ mod tests {
                     assert_eq!(
                         verdict(&program, number, &arguments),
                         expected,
-                        "{kind}: {number} {arguments:x?}"
+                        "{kind} to {purpose:?}: {number} {arguments:x?}"
                     );
                 }
             }
@@ -485,7 +584,7 @@ mod tests {
 
     #[test]
     fn what_is_not_listed_ends_the_process() {
-        let confinement = Confinement::seccomp().unwrap();
+        let confinement = Confinement::seccomp(Purpose::Save).unwrap();
         for kind in Kind::ALL {
             let confinement = confinement.clone();
             let mut command = Command::new("/bin/true");
@@ -503,6 +602,7 @@ mod tests {
     fn the_specification_says_how_many_there_are() {
         let page = include_str!("../../docs/specification.md");
         for kind in Kind::ALL {
+            // What saving takes are requests to KVM, of which there is one system call.
             let released =
                 lines(kind).filter(|line| !Kind::refuses(line) && !line.reason.contains("debug builds"));
             let calls: BTreeSet<_> = released.map(|line| line.number).collect();
@@ -513,7 +613,7 @@ mod tests {
 
     #[test]
     fn what_is_refused_is_an_error_and_no_end() {
-        let confinement = Confinement::seccomp().unwrap();
+        let confinement = Confinement::seccomp(Purpose::Save).unwrap();
         let mut command = Command::new("/bin/true");
         // SAFETY: what runs between fork and the child's end makes system calls and allocates nothing; the one that is refused
         // does nothing.

@@ -14,7 +14,7 @@ use mayu_e2e::cri::{Cri, Pod, container, for_privileged, pod_config, privileged}
 use mayu_e2e::host::{process_status, processes_named, shim_of};
 use mayu_e2e::mount::LoopDevice;
 use mayu_e2e::shim::eventually;
-use mayu_e2e::template::current;
+use mayu_e2e::template::{current, mayu_template};
 use mayu_e2e::trace::{SystemCall, Trace};
 use mayu_e2e::{BUSYBOX, PATIENCE, PYTHON};
 use mayu_vmm::seccomp::{Allowed, Kind};
@@ -64,8 +64,10 @@ fn as_privileged(config: ContainerConfig) -> ContainerConfig {
     ContainerConfig { linux: Some(linux), ..config }
 }
 
-/// A pod whose memory is prefetched.
-fn go_on_from_the_template() {
+/// A template that is made, and a pod whose memory is prefetched.
+fn go_on_from_a_new_template() {
+    let name = current();
+    mayu_template(&["delete", name.file_name().unwrap().to_str().unwrap()]).success();
     current();
     let mut pod = pod();
     pod.run_container(container("idle", BUSYBOX, &["sleep", "1000"])).unwrap();
@@ -145,8 +147,9 @@ fn judged(calls: &[SystemCall]) -> Vec<(Kind, &SystemCall)> {
     calls.iter().enumerate().filter_map(|(index, call)| Some((filter(index, call)?, call))).collect()
 }
 
+/// Those of any machine, and those of one that is to be saved.
 fn lines(kind: Kind) -> impl Iterator<Item = &'static Allowed> {
-    kind.table().iter().copied().flatten()
+    kind.table().iter().chain(kind.saving()).copied().flatten()
 }
 
 fn seccomp() -> i64 {
@@ -158,7 +161,7 @@ fn seccomp() -> i64 {
 fn no_line_of_a_filter_is_idle() {
     let trace = Trace::of(&["mayu-vmm", "vcpu*", "virtio-fs", "block", "net?", "prefetch"]);
     refuse_to_build();
-    go_on_from_the_template();
+    go_on_from_a_new_template();
     // From its kernel on, since drivers start devices then.
     let _configuration = Configuration::set("template", "enabled", "false");
     let disk = LoopDevice::new(4 << 20);

@@ -85,8 +85,8 @@ pub enum Request {
     /// Confine the process and build the machine with its vCPUs paused. Legal once.
     Build(VmConfig),
     /// As [`Request::Build`], to be saved. The guest's memory is that of a sixth descriptor, a file of
-    /// [`VmConfig::memory_mib`] that can be written. No pod's code may ever run in such a machine: its process makes system
-    /// calls for saving that no other may make, and has no filter.
+    /// [`VmConfig::memory_mib`] that can be written. Its process is confined as any other, and may make the system calls for saving
+    /// that no other may make.
     BuildTemplate(VmConfig),
     /// As [`Request::Build`], where a machine with the same description was saved. Its descriptors are `/dev/kvm`, the file that
     /// [`Request::Save`] has written, the memory of that machine, image, share and console, and, where it is known, a file with the
