@@ -177,6 +177,7 @@ fn assemble(
     devices.add("rng", Box::new(Rng::new()))?;
     let (balloon, reports) = Balloon::new();
     devices.add("balloon", Box::new(balloon))?;
+    let files = parts.fs.handle();
     devices.add("fs", Box::new(parts.fs))?;
     let net_slots = devices.add_nets(config)?;
     let growth = devices.add_memory(config)?;
@@ -214,6 +215,7 @@ fn assemble(
         block_slots,
         net_slots,
         vsock,
+        files,
         exits,
         entered,
         started: parts.started,

@@ -180,6 +180,9 @@ pub enum Error {
     /// The file that guest memory is to come from could not be used.
     #[error("cannot use the file of the guest's memory: {0}")]
     MemoryFile(#[source] io::Error),
+    /// Guest memory could not be parted from its file.
+    #[error("cannot part the guest's memory from its file: {0}")]
+    PartMemory(#[source] io::Error),
     /// The file that guest memory is to come from is not as large as that.
     #[error("the file of the guest's memory has {found} bytes, not {expected}")]
     MemoryFileSize {
@@ -340,6 +343,31 @@ pub enum Error {
     /// The machine is one that runs pods.
     #[error("only a machine that was built as a template can be saved")]
     NotATemplate,
+    /// The machine's memory is no file's any more.
+    #[error("the machine was saved already")]
+    SavedAlready,
+    /// Something of the machine is not in its state.
+    #[error("the machine cannot be saved while {obstacle}")]
+    NotNow {
+        /// What it is.
+        obstacle: String,
+    },
+    /// A saved machine would be too large to be read again.
+    #[error("the state of the machine has {length} bytes; at most {limit} are possible")]
+    SnapshotSize {
+        /// How many it has.
+        length: usize,
+        /// How many it may have.
+        limit: u64,
+    },
+    /// A file that the guest has open is not there any more.
+    #[error("virtio-fs: cannot open {path:?} again, which the guest has open: {source}")]
+    Reopen {
+        /// Where it was, below the share.
+        path: std::path::PathBuf,
+        /// The reason.
+        source: io::Error,
+    },
     /// The machine would have too many vCPUs, or none.
     #[error("{vcpus} vCPUs are not possible: 1 to {} are", mayu_vmm_api::MAX_VCPUS)]
     VcpuCount {

@@ -14,6 +14,7 @@ use crate::bus::{Bus, SharedTransport, lock};
 use crate::devices::serial::SerialState;
 use crate::devices::virtio::balloon::BalloonHandle;
 use crate::devices::virtio::block::BlockSlot;
+use crate::devices::virtio::fs::FsHandle;
 use crate::devices::virtio::mem::MemHandle;
 use crate::devices::virtio::net::NetSlot;
 use crate::devices::virtio::vsock::{OnResult, VsockHandle};
@@ -35,6 +36,7 @@ pub struct Machine {
     pub(crate) block_slots: Vec<BlockSlot>,
     pub(crate) net_slots: Vec<NetSlot>,
     pub(crate) vsock: VsockHandle,
+    pub(crate) files: FsHandle,
     pub(crate) exits: ExitReceiver,
     pub(crate) entered: Arc<OnceLock<Instant>>,
     pub(crate) started: Instant,
@@ -54,14 +56,15 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Lets devices and vCPUs run.
+    /// Lets devices and vCPUs run. In a restored machine, opens first what the guest had open.
     ///
     /// # Errors
-    /// They run already.
+    /// They run already, or something that the guest had open is not there.
     pub fn resume(&mut self) -> Result<()> {
         if self.running {
             return Err(Error::Running(true));
         }
+        self.files.recover()?;
         for device in self.bus.virtio() {
             lock(device).resume();
         }
@@ -126,16 +129,17 @@ impl Machine {
     /// Reads everything that the machine is, but its memory.
     ///
     /// # Errors
-    /// It runs, or KVM refuses.
+    /// It runs, a device has something that would not be in its state, or KVM refuses.
     pub fn save(&mut self) -> Result<Snapshot> {
         if self.running {
             return Err(Error::Running(true));
         }
+        let devices = self.bus.virtio().iter().map(|device| lock(device).save());
         let state = MachineState {
+            devices: devices.collect::<Result<_>>()?,
             vcpus: self.vcpus.save(self.vm.msrs_to_save()?)?,
             vm: self.vm.save()?,
             serial: SerialState::save(&self.bus.serial()),
-            devices: self.bus.virtio().iter().map(|device| lock(device).save()).collect(),
         };
         Ok(Snapshot::new(self.config.clone(), processor(&self.vm.supported_cpuid()?), state))
     }

@@ -27,9 +27,9 @@ use crate::error::{Error, Result};
 const MAGIC: [u8; 8] = *b"mayu-vm\0";
 
 /// Of everything behind the version. To be raised when a part of [`Snapshot`] changes.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
-/// Some twenty times what a machine with the most vCPUs needs.
+/// Some twenty times what a machine with the most vCPUs needs. A guest that knows files needs some hundred bytes more for each.
 const MAX_LENGTH: u64 = 16 << 20;
 
 /// Everything that a machine built with the same resources and the same memory needs to go on from here.
@@ -67,7 +67,7 @@ impl Snapshot {
     /// Writes it to an empty file.
     ///
     /// # Errors
-    /// [`Error::SnapshotFile`].
+    /// [`Error::SnapshotFile`], or [`Error::SnapshotSize`]: nothing is written then.
     pub fn write(&self, mut file: File) -> Result<()> {
         let failed = |source| Error::SnapshotFile { operation: "write", source };
         let body = postcard::to_stdvec(self).map_err(|error| failed(std::io::Error::other(error)))?;
@@ -76,6 +76,9 @@ impl Snapshot {
         whole.extend((body.len() as u64).to_le_bytes());
         whole.extend(crc32fast::hash(&body).to_le_bytes());
         whole.extend(body);
+        if whole.len() as u64 > MAX_LENGTH {
+            return Err(Error::SnapshotSize { length: whole.len(), limit: MAX_LENGTH });
+        }
         file.write_all(&whole).map_err(failed)
     }
 

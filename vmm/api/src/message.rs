@@ -91,11 +91,12 @@ pub enum Request {
     /// As [`Request::Build`], where a machine with the same description was saved. Its descriptors are `/dev/kvm`, the file that
     /// [`Request::Save`] has written, the memory of that machine, image, share and console, and, where it is known, a file with the
     /// [`WorkingSet`](crate::WorkingSet) of such a machine. Any number of machines can be restored at once: none of them writes to any of
-    /// the files.
+    /// the files. What the guest held of its share is opened again by path when the machine is resumed first: files may come to the
+    /// share until then.
     Restore(VmConfig),
     /// Write the state of a template that is paused, all but its memory, to the attached file, which is empty.
     Save,
-    /// Let the vCPUs run.
+    /// Let the vCPUs run. Refused, with its path, while a file is not there that the guest of a restored machine has open.
     Resume,
     /// Stop the vCPUs at an instruction boundary and the devices between two requests.
     Pause,

@@ -150,8 +150,8 @@ impl VirtioDevice for Balloon {
         }
     }
 
-    fn save(&self) -> DeviceState {
-        DeviceState::Balloon
+    fn save(&self) -> Result<DeviceState> {
+        Ok(DeviceState::Balloon)
     }
 
     fn queue_states(&self) -> Vec<QueueState> {
@@ -404,7 +404,7 @@ mod tests {
         driver.kick(REPORTING);
         driver.run();
         assert_eq!(taken(&driver), [0; 0]);
-        let saved = driver.transport.save();
+        let saved = driver.transport.save().unwrap();
 
         let mut driver = driver.move_to(Box::new(Balloon::new().0));
         driver.transport.restore(&saved).unwrap();

@@ -197,8 +197,8 @@ impl VirtioDevice for Block {
         }
     }
 
-    fn save(&self) -> DeviceState {
-        DeviceState::Block(self.slot.state())
+    fn save(&self) -> Result<DeviceState> {
+        Ok(DeviceState::Block(self.slot.state()))
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<()> {

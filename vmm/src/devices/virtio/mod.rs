@@ -243,7 +243,10 @@ pub trait VirtioDevice: Send {
     /// Goes on after `pause`, also with what the driver queued meanwhile.
     fn resume(&mut self);
     /// Everything that a device built with the same resources needs to go on from here. Legal while paused.
-    fn save(&self) -> DeviceState;
+    ///
+    /// # Errors
+    /// It cannot tell all that its driver relies on.
+    fn save(&self) -> Result<DeviceState>;
     /// Takes up a saved state. Called at most once, before `activate`. A device that keeps nothing beside its
     /// queues has nothing to do.
     ///

@@ -146,8 +146,8 @@ impl VirtioDevice for Rng {
         }
     }
 
-    fn save(&self) -> DeviceState {
-        DeviceState::Rng
+    fn save(&self) -> Result<DeviceState> {
+        Ok(DeviceState::Rng)
     }
 
     fn queue_states(&self) -> Vec<QueueState> {
@@ -448,7 +448,7 @@ mod tests {
         driver.kick(0);
         driver.run();
         assert_eq!(driver.queues[0].used(), []);
-        let state = driver.transport.save();
+        let state = driver.transport.save().unwrap();
 
         let mut driver = driver.move_to(Box::new(Rng::new()));
         driver.transport.restore(&state).unwrap();

@@ -160,14 +160,17 @@ impl MmioTransport {
     }
 
     /// The whole state. Legal while paused.
-    pub fn save(&self) -> TransportState {
-        TransportState {
+    ///
+    /// # Errors
+    /// The device cannot tell its own.
+    pub fn save(&self) -> Result<TransportState> {
+        Ok(TransportState {
             registers: self.registers.clone(),
             needs_reset: self.health.is_broken(),
             interrupt_status: self.interrupt.status(),
             positions: self.device.queue_states().into_iter().map(QueuePosition::from).collect(),
-            device: self.device.save(),
-        }
+            device: self.device.save()?,
+        })
     }
 
     /// Takes up a saved state, in guest memory as it was then. Legal once, on a new transport, which it leaves paused.

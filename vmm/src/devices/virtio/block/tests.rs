@@ -578,8 +578,8 @@ fn a_paused_disk_serves_nothing_until_it_goes_on() {
         let (target, status) = disk.add(VIRTIO_BLK_T_IN, 7, &[], 512);
         disk.driver.kick(0);
         disk.driver.run();
-        let state = disk.driver.transport.save();
-        assert_eq!(disk.driver.transport.save(), state);
+        let state = disk.driver.transport.save().unwrap();
+        assert_eq!(disk.driver.transport.save().unwrap(), state);
         assert_eq!(disk.driver.read(status, 1), [UNTOUCHED]);
 
         disk.driver.transport.resume();
@@ -636,7 +636,7 @@ fn saved_and_restored(file: File) -> (Disk, u64) {
     disk.driver.take_interrupt();
     disk.driver.transport.pause();
     let (_, status) = disk.add(VIRTIO_BLK_T_IN, 7, &[], 512);
-    let state = serde_json::to_string(&disk.driver.transport.save()).unwrap();
+    let state = serde_json::to_string(&disk.driver.transport.save().unwrap()).unwrap();
 
     let (block, slot) = Block::new(Some((file.try_clone().unwrap(), false))).unwrap();
     let mut driver = disk.driver.move_to(Box::new(block));
@@ -674,7 +674,7 @@ fn a_disk_restored_over_another_tells_the_driver() {
 fn an_empty_slot_is_filled_after_a_restore() {
     let mut disk = Disk::empty();
     disk.driver.transport.pause();
-    let state = disk.driver.transport.save();
+    let state = disk.driver.transport.save().unwrap();
     let (block, slot) = Block::new(None).unwrap();
     let mut driver = disk.driver.move_to(Box::new(block));
     driver.transport.restore(&state).unwrap();

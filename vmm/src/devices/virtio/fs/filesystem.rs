@@ -344,7 +344,7 @@ impl FileSystem for Share {
     fn opendir(&self, _context: &Context, inode: u64, _flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {
         let inode = self.inodes.get(inode)?;
         let file = self.reopen(&*inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        let handle = self.handles.insert(inode.id, self.charge(file)?);
+        let handle = self.handles.insert(inode.id, self.charge(file)?, false);
         Ok((Some(handle), OpenOptions::empty()))
     }
 

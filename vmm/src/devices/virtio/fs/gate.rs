@@ -1,11 +1,14 @@
 //! The gate that holds the workers between two requests.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use virtio_queue::QueueState;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::failed;
 use super::session::{KickedQueue, Session};
 use super::table::lock;
 use crate::devices::virtio::Activation;
@@ -21,8 +24,20 @@ pub(super) struct Gate {
     stop: EventFd,
 }
 
+/// What a worker is to do.
+pub(super) enum Work {
+    /// Serve the driver's queues.
+    Requests(Arc<Session>),
+    /// Something else, once.
+    Errand(Errand),
+}
+
+/// See [`Gate::run`].
+type Errand = Box<dyn FnOnce() + Send>;
+
 struct State {
     phase: Phase,
+    errand: Option<Errand>,
     /// Workers that use the session.
     busy: usize,
 }
@@ -43,7 +58,7 @@ impl Gate {
     /// There is no eventfd to be had.
     pub(super) fn new() -> Result<Self> {
         Ok(Self {
-            state: Mutex::new(State { phase: Phase::Idle, busy: 0 }),
+            state: Mutex::new(State { phase: Phase::Idle, errand: None, busy: 0 }),
             changed: Condvar::new(),
             stopping: AtomicBool::new(false),
             stop: EventFd::new(EFD_NONBLOCK).map_err(Error::EventFd)?,
@@ -114,15 +129,36 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Waits until there is work; none when the device is gone. [`Gate::leave`] has to follow.
-    pub(super) fn wait(&self) -> Option<Arc<Session>> {
+    /// Has a worker do something, with what it may do and the caller may not, and waits for that. Legal while no requests are served.
+    ///
+    /// # Errors
+    /// They are, or the worker is gone.
+    pub(super) fn run<T: Send + 'static>(&self, errand: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+        let (sender, result) = mpsc::channel();
+        {
+            let mut state = lock(&self.state);
+            if !matches!(state.phase, Phase::Idle | Phase::Paused(_)) {
+                return Err(Error::Running(true));
+            }
+            // Whoever asks waits.
+            state.errand = Some(Box::new(move || drop(sender.send(errand()))));
+        }
+        self.changed.notify_all();
+        result.recv().map_err(|error| failed("run in a worker", io::Error::other(error)))
+    }
+
+    /// Waits until there is work; none when the device is gone. After requests, [`Gate::leave`] has to follow.
+    pub(super) fn wait(&self) -> Option<Work> {
         let mut state = lock(&self.state);
         loop {
+            if let Some(errand) = state.errand.take() {
+                return Some(Work::Errand(errand));
+            }
             match &state.phase {
                 Phase::Running(session) if !session.health.is_broken() => {
                     let session = Arc::clone(session);
                     state.busy += 1;
-                    return Some(session);
+                    return Some(Work::Requests(session));
                 }
                 Phase::Closed => return None,
                 _ => state = self.wait_for_change(state),

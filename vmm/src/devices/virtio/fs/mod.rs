@@ -11,11 +11,10 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use fuse_backend_rs::api::server::Server;
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_queue::QueueState;
 
@@ -24,11 +23,12 @@ use crate::error::{Error, Result};
 use crate::seccomp::Confinement;
 use gate::Gate;
 use share::Share;
-use table::Budget;
+use table::{Budget, lock};
 
 mod attributes;
 mod filesystem;
 mod gate;
+mod held;
 mod identity;
 mod raw;
 mod request;
@@ -37,7 +37,10 @@ mod share;
 mod table;
 #[cfg(test)]
 mod tests;
+mod walk;
 mod worker;
+
+pub use self::held::FsState;
 
 /// The longest name of a share, in bytes (virtio 1.2, 5.11.4).
 const MAX_TAG: usize = 36;
@@ -59,18 +62,50 @@ const WORKERS: usize = 2;
 pub struct Fs {
     /// `struct virtio_fs_config` (virtio 1.2, 5.11.4).
     config: [u8; MAX_TAG + 4],
-    share: Arc<Share>,
-    gate: Arc<Gate>,
+    handle: FsHandle,
     workers: Vec<JoinHandle<()>>,
 }
 
-/// What the fs device keeps beside its queues.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FsState {
-    /// What driver and device have agreed on in FUSE's INIT; zero before it.
-    options: u64,
-    /// Files and directories that the driver held, beside the root.
-    held: usize,
+/// Has a restored device open again what its driver held.
+#[derive(Clone)]
+pub struct FsHandle {
+    share: Arc<Share>,
+    gate: Arc<Gate>,
+    /// What the driver held when it was saved, until that is open again.
+    saved: Arc<Mutex<Option<FsState>>>,
+}
+
+impl FsHandle {
+    /// Opens it, once: what lies in the share may come there until then. Legal while the device is paused. The workers do it, who may
+    /// open what the guest may.
+    ///
+    /// # Errors
+    /// Something that the guest has open is not there. This can be tried once more.
+    pub fn recover(&self) -> Result<()> {
+        let mut saved = lock(&self.saved);
+        if let Some(state) = saved.clone() {
+            let share = Arc::clone(&self.share);
+            self.gate.run(move || share.recover(&state))??;
+            *saved = None;
+        }
+        Ok(())
+    }
+
+    fn restore(&self, state: &FsState) {
+        self.share.begin_session(state.options());
+        match state.is_empty() {
+            true => self.share.number_from(state),
+            false => *lock(&self.saved) = Some(state.clone()),
+        }
+    }
+
+    fn save(&self) -> Result<FsState> {
+        if let Some(state) = &*lock(&self.saved) {
+            return Ok(state.clone());
+        }
+        let share = Arc::clone(&self.share);
+        self.gate.run(move || share.save())?
+    }
 }
 
 impl Fs {
@@ -89,12 +124,17 @@ impl Fs {
         let share = Share::new(root, budget).map_err(|error| failed("open the shared directory", error))?;
         let share = Arc::new(share);
         let server = Arc::new(Server::new(Arc::clone(&share)));
-        let mut fs =
-            Self { config, share, gate: Arc::new(Gate::new()?), workers: Vec::with_capacity(WORKERS) };
+        let handle = FsHandle { share, gate: Arc::new(Gate::new()?), saved: Arc::default() };
+        let mut fs = Self { config, handle, workers: Vec::with_capacity(WORKERS) };
         for _ in 0..WORKERS {
-            fs.workers.push(worker::spawn(&fs.gate, &server, confinement)?);
+            fs.workers.push(worker::spawn(&fs.handle.gate, &server, confinement)?);
         }
         Ok(fs)
+    }
+
+    /// What the machine has of it.
+    pub fn handle(&self) -> FsHandle {
+        self.handle.clone()
     }
 }
 
@@ -116,7 +156,7 @@ impl VirtioDevice for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<()> {
-        self.gate.open(activation)
+        self.handle.gate.open(activation)
     }
 
     fn process(&mut self, _event: DeviceEvent) -> Result<()> {
@@ -125,44 +165,46 @@ impl VirtioDevice for Fs {
     }
 
     fn reset(&mut self) {
-        self.gate.reset();
-        self.share.end_session();
+        self.handle.gate.reset();
+        self.handle.share.end_session();
+        *lock(&self.handle.saved) = None;
     }
 
     fn pause(&mut self) {
-        self.gate.pause();
+        self.handle.gate.pause();
     }
 
     fn resume(&mut self) {
-        self.gate.resume();
+        self.handle.gate.resume();
     }
 
-    fn save(&self) -> DeviceState {
-        DeviceState::Fs(FsState { options: self.share.options(), held: self.share.held() })
+    fn save(&self) -> Result<DeviceState> {
+        Ok(DeviceState::Fs(self.handle.save()?))
     }
 
-    /// A driver that held files cannot be served here: their descriptors stayed behind. A template is therefore
-    /// made before the guest has touched anything in the share.
+    /// What the driver held is opened by [`FsHandle::recover`].
     fn restore(&mut self, state: &DeviceState) -> Result<()> {
         let problem = match state {
-            DeviceState::Fs(FsState { options, held: 0 }) => {
-                self.share.begin_session(*options);
-                return Ok(());
-            }
-            DeviceState::Fs(_) => "the guest held files of the share",
-            _ => "the state is another device's",
+            DeviceState::Fs(state) => state.problem(),
+            _ => Some("the state is another device's"),
         };
-        Err(Error::RestoreDevice { device_type: VIRTIO_ID_FS, problem })
+        if let Some(problem) = problem {
+            return Err(Error::RestoreDevice { device_type: VIRTIO_ID_FS, problem });
+        }
+        if let DeviceState::Fs(state) = state {
+            self.handle.restore(state);
+        }
+        Ok(())
     }
 
     fn queue_states(&self) -> Vec<QueueState> {
-        self.gate.queue_states()
+        self.handle.gate.queue_states()
     }
 }
 
 impl Drop for Fs {
     fn drop(&mut self) {
-        self.gate.close();
+        self.handle.gate.close();
         for worker in self.workers.drain(..) {
             // A worker that panicked has nothing left to be told.
             let _ = worker.join();

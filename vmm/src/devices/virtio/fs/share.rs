@@ -4,18 +4,20 @@
 //! looked up once, without following a symbolic link, and from then on the descriptor stands for the file. Only
 //! regular files and directories are ever opened for more than a look, so that no FIFO or device can block or act.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::unix::ffi::OsStringExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use fuse_backend_rs::abi::fuse_abi::ROOT_ID;
 use fuse_backend_rs::api::filesystem::{Entry, FsOptions, OpenOptions};
 use rustix::fs::{
-    AtFlags, CWD, FileType, Mode, OFlags, RawDir, RawDirEntry, SeekFrom, Statx, StatxFlags, openat, seek,
-    statx,
+    AtFlags, CWD, FileType, Mode, OFlags, RawDir, RawDirEntry, SeekFrom, Statx, StatxFlags, openat,
+    readlinkat, seek, statx,
 };
 use rustix::io::Errno;
 use rustix::path::DecInt;
@@ -65,11 +67,21 @@ impl Share {
         })
     }
 
+    /// The shared directory.
+    pub(super) fn root(&self) -> io::Result<Arc<Inode>> {
+        self.inodes.get(ROOT_ID)
+    }
+
     /// Ends the session: what the driver held is closed and forgotten.
     pub(super) fn end_session(&self) {
+        self.close_all();
+        self.options.store(0, Ordering::Relaxed);
+    }
+
+    /// Closes and forgets what the driver holds.
+    pub(super) fn close_all(&self) {
         self.handles.clear();
         self.inodes.clear();
-        self.options.store(0, Ordering::Relaxed);
     }
 
     /// The options of the current session.
@@ -77,14 +89,9 @@ impl Share {
         self.options.load(Ordering::Relaxed)
     }
 
-    /// Starts a session, or continues one in which nothing but the root was known.
+    /// Starts a session, or continues one.
     pub(super) fn begin_session(&self, options: u64) {
         self.options.store(options, Ordering::Relaxed);
-    }
-
-    /// Inodes beside the root and open files that the driver holds.
-    pub(super) fn held(&self) -> usize {
-        self.inodes.len() + self.handles.len()
     }
 
     fn has_option(&self, option: FsOptions) -> bool {
@@ -97,6 +104,12 @@ impl Share {
     /// `ENFILE`: it holds too much already.
     pub(super) fn charge(&self, file: OwnedFd) -> io::Result<Descriptor> {
         self.budget.charge(file)
+    }
+
+    /// Where an open file or directory is, as the kernel says: an absolute path, if it is anywhere.
+    pub(super) fn path_of(&self, file: &impl AsFd) -> io::Result<PathBuf> {
+        let path = readlinkat(&self.descriptors, DecInt::from_fd(file), Vec::new())?;
+        Ok(OsString::from_vec(path.into_bytes()).into())
     }
 
     /// Opens what an `O_PATH` descriptor stands for.
@@ -167,10 +180,11 @@ impl Share {
         if inode.unchanged_since_open(Version::from(&stat(&file)?)) {
             options |= OpenOptions::KEEP_CACHE;
         }
-        if flags & OFlags::ACCMODE == OFlags::RDONLY {
+        let writable = flags & OFlags::ACCMODE != OFlags::RDONLY;
+        if !writable {
             options |= raw::no_flush();
         }
-        Ok((self.handles.insert(inode.id, file), options))
+        Ok((self.handles.insert(inode.id, file, writable), options))
     }
 
     /// Calls `add` for each entry of a directory from `offset` on, until it says that there is no more room.

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use fuse_backend_rs::abi::fuse_abi::ROOT_ID;
 use rustix::fs::{FileType, Statx};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde::{Deserialize, Serialize};
 
 /// The most descriptors that a driver may hold: half of the kernel's default `fs.nr_open`.
 const MAX_DESCRIPTORS: usize = 1 << 19;
@@ -90,7 +91,7 @@ impl From<&Statx> for Key {
 }
 
 /// What changes whenever the content of a file does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Version {
     changed: (i64, u32),
     modified: (i64, u32),
@@ -105,6 +106,11 @@ impl From<&Statx> for Version {
             size: stat.stx_size,
         }
     }
+}
+
+/// The type of a file.
+pub(super) fn kind(stat: &Statx) -> FileType {
+    FileType::from_raw_mode(u32::from(stat.stx_mode))
 }
 
 /// A file of any type that the driver has looked up.
@@ -122,14 +128,13 @@ pub(super) struct Inode {
 }
 
 impl Inode {
-    fn new(id: u64, file: Descriptor, stat: &Statx) -> Arc<Self> {
-        Arc::new(Self {
-            id,
-            key: Key::from(stat),
-            kind: FileType::from_raw_mode(u32::from(stat.stx_mode)),
-            file,
-            opened: Mutex::new(None),
-        })
+    fn new(id: u64, file: Descriptor, stat: &Statx, opened: Option<Version>) -> Arc<Self> {
+        Arc::new(Self { id, key: Key::from(stat), kind: kind(stat), file, opened: Mutex::new(opened) })
+    }
+
+    /// What it was like when it was opened last, if it ever was.
+    pub(super) fn opened(&self) -> Option<Version> {
+        *lock(&self.opened)
     }
 
     /// Whether what the driver has cached since the file was last opened is still so. Remembers this opening.
@@ -155,10 +160,12 @@ struct InodeTable {
     next_id: u64,
 }
 
-struct Known {
-    inode: Arc<Inode>,
+/// An inode that the driver knows.
+#[derive(Clone)]
+pub(super) struct Known {
+    pub inode: Arc<Inode>,
     /// How often the driver was told of it, less what it has forgotten.
-    lookups: u64,
+    pub lookups: u64,
 }
 
 impl Inodes {
@@ -192,6 +199,34 @@ impl Inodes {
         }
     }
 
+    /// Adds an inode under the number that the driver knows it by, which no other has.
+    pub(super) fn adopt(
+        &self,
+        id: u64,
+        lookups: u64,
+        file: Descriptor,
+        stat: &Statx,
+        opened: Option<Version>,
+    ) {
+        let inode = Inode::new(id, file, stat, opened);
+        lock(&self.table).add(Known { inode, lookups });
+    }
+
+    /// What the driver knows beside the root, by number, and the next number.
+    pub(super) fn known(&self) -> (Vec<Known>, u64) {
+        let table = lock(&self.table);
+        let mut known: Vec<_> =
+            table.by_id.values().filter(|known| known.inode.id != ROOT_ID).cloned().collect();
+        known.sort_by_key(|known| known.inode.id);
+        (known, table.next_id)
+    }
+
+    /// Gives no number below this one from now on.
+    pub(super) fn go_on_from(&self, next_id: u64) {
+        let mut table = lock(&self.table);
+        table.next_id = table.next_id.max(next_id);
+    }
+
     /// Takes back `lookups` times that the driver was told.
     pub(super) fn forget(&self, id: u64, lookups: u64) {
         let forgotten = lock(&self.table).forget(id, lookups);
@@ -205,21 +240,20 @@ impl Inodes {
         table.by_id.retain(|&id, _| id == ROOT_ID);
         table.by_key.retain(|_, &mut id| id == ROOT_ID);
     }
-
-    /// How many there are beside the root.
-    pub(super) fn len(&self) -> usize {
-        lock(&self.table).by_id.len() - 1
-    }
 }
 
 impl InodeTable {
     fn insert(&mut self, file: Descriptor, stat: &Statx) -> Arc<Inode> {
-        let inode = Inode::new(self.next_id, file, stat);
+        let inode = Inode::new(self.next_id, file, stat, None);
         self.next_id += 1;
-        self.by_key.insert(inode.key, inode.id);
-        let known = Known { inode: Arc::clone(&inode), lookups: 1 };
-        self.by_id.insert(inode.id, known);
+        self.add(Known { inode: Arc::clone(&inode), lookups: 1 });
         inode
+    }
+
+    /// What was two inodes when it was saved can be one by now. Then a lookup finds the first.
+    fn add(&mut self, known: Known) {
+        self.by_key.entry(known.inode.key).or_insert(known.inode.id);
+        self.by_id.insert(known.inode.id, known);
     }
 
     fn forget(&mut self, id: u64, lookups: u64) -> Option<Known> {
@@ -228,17 +262,28 @@ impl InodeTable {
         if known.lookups > 0 {
             return None;
         }
-        self.by_key.remove(&known.inode.key);
+        if self.by_key.get(&known.inode.key) == Some(&id) {
+            self.by_key.remove(&known.inode.key);
+        }
         self.by_id.remove(&id)
     }
 }
 
 /// An open file or directory.
 pub(super) struct Handle {
-    inode: u64,
+    /// Of which inode.
+    pub inode: u64,
+    /// Whether it can be written through.
+    pub writable: bool,
     file: Descriptor,
     /// Held while a directory is read, which moves the position that all its readers share.
     pub position: Mutex<()>,
+}
+
+impl Handle {
+    fn new(inode: u64, file: Descriptor, writable: bool) -> Arc<Self> {
+        Arc::new(Self { inode, writable, file, position: Mutex::new(()) })
+    }
 }
 
 impl AsFd for Handle {
@@ -261,13 +306,31 @@ struct HandleTable {
 
 impl Handles {
     /// Adds an open file and names it.
-    pub(super) fn insert(&self, inode: u64, file: Descriptor) -> u64 {
+    pub(super) fn insert(&self, inode: u64, file: Descriptor, writable: bool) -> u64 {
         let mut table = lock(&self.table);
         let id = table.next_id;
         table.next_id += 1;
-        let handle = Handle { inode, file, position: Mutex::new(()) };
-        table.open.insert(id, Arc::new(handle));
+        table.open.insert(id, Handle::new(inode, file, writable));
         id
+    }
+
+    /// Adds a file that is open for reading under the name that the driver has for it, and no other has.
+    pub(super) fn adopt(&self, id: u64, inode: u64, file: Descriptor) {
+        lock(&self.table).open.insert(id, Handle::new(inode, file, false));
+    }
+
+    /// What is open, by name, and the next name.
+    pub(super) fn open(&self) -> (Vec<(u64, Arc<Handle>)>, u64) {
+        let table = lock(&self.table);
+        let mut open: Vec<_> = table.open.iter().map(|(id, handle)| (*id, Arc::clone(handle))).collect();
+        open.sort_by_key(|(id, _)| *id);
+        (open, table.next_id)
+    }
+
+    /// Gives no name below this one from now on.
+    pub(super) fn go_on_from(&self, next_id: u64) {
+        let mut table = lock(&self.table);
+        table.next_id = table.next_id.max(next_id);
     }
 
     /// # Errors
@@ -298,11 +361,6 @@ impl Handles {
     /// Closes all.
     pub(super) fn clear(&self) {
         lock(&self.table).open.clear();
-    }
-
-    /// How many are open.
-    pub(super) fn len(&self) -> usize {
-        lock(&self.table).open.len()
     }
 }
 

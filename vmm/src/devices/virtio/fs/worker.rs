@@ -9,7 +9,7 @@ use virtio_queue::DescriptorChain;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::epoll::EpollEvent;
 
-use super::gate::Gate;
+use super::gate::{Gate, Work};
 use super::identity::Identity;
 use super::request::Request;
 use super::session::{KickedQueue, QueueResult, Session};
@@ -42,9 +42,14 @@ pub(super) fn spawn(
 
 impl Worker {
     fn run(mut self) {
-        while let Some(session) = self.gate.wait() {
-            self.serve(&session);
-            self.gate.leave(session);
+        while let Some(work) = self.gate.wait() {
+            match work {
+                Work::Requests(session) => {
+                    self.serve(&session);
+                    self.gate.leave(session);
+                }
+                Work::Errand(errand) => errand(),
+            }
         }
     }
 

@@ -178,8 +178,8 @@ impl VirtioDevice for Mem {
         }
     }
 
-    fn save(&self) -> DeviceState {
-        DeviceState::Mem(self.handle.region().save())
+    fn save(&self) -> Result<DeviceState> {
+        Ok(DeviceState::Mem(self.handle.region().save()))
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<()> {

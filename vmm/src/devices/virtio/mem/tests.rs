@@ -374,8 +374,8 @@ fn a_paused_device_keeps_what_it_has_not_begun() {
     guest.driver.queues[0].add(&[Descriptor::readable(bytes, 24), Descriptor::writable(response, 10)]);
     guest.driver.kick(0);
     guest.driver.run();
-    let state = guest.driver.transport.save();
-    assert_eq!(guest.driver.transport.save(), state);
+    let state = guest.driver.transport.save().unwrap();
+    assert_eq!(guest.driver.transport.save().unwrap(), state);
     assert_eq!(guest.handle.plugged(), 0);
     guest.driver.transport.resume();
     assert_eq!(guest.handle.plugged(), 4 * BLOCK_SIZE);
@@ -393,7 +393,7 @@ fn a_restored_device_goes_on_with_its_blocks() {
     guest.driver.take_interrupt();
     let generation = guest.generation();
     guest.driver.transport.pause();
-    let state = serde_json::to_string(&guest.driver.transport.save()).unwrap();
+    let state = serde_json::to_string(&guest.driver.transport.save().unwrap()).unwrap();
 
     let (device, handle) = Mem::new(PLACE);
     let mut driver = guest.driver.move_to(Box::new(device));

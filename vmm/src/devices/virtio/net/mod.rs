@@ -145,8 +145,8 @@ impl VirtioDevice for Net {
         self.slot.resume();
     }
 
-    fn save(&self) -> DeviceState {
-        DeviceState::Net(self.slot.link().state())
+    fn save(&self) -> Result<DeviceState> {
+        Ok(DeviceState::Net(self.slot.link().state()))
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<()> {

@@ -132,8 +132,8 @@ impl VirtioDevice for Echo {
         }
     }
 
-    fn save(&self) -> DeviceState {
-        DeviceState::Rng
+    fn save(&self) -> Result<DeviceState> {
+        Ok(DeviceState::Rng)
     }
 
     fn queue_states(&self) -> Vec<QueueState> {
@@ -599,7 +599,7 @@ fn a_restored_device_goes_on_where_it_was() {
     let from = driver.alloc(1);
     driver.transport.pause();
     driver.queues[0].add(&[Descriptor::readable(from, 1)]);
-    let state = driver.transport.save();
+    let state = driver.transport.save().unwrap();
 
     let (mut driver, log) = restored(driver, &state);
 
@@ -609,7 +609,7 @@ fn a_restored_device_goes_on_where_it_was() {
     driver.run();
     assert_eq!(driver.interrupts, 1, "the interrupt that may have been lost");
     assert_eq!(driver.take_interrupt(), USED);
-    assert_eq!(driver.transport.save(), TransportState { interrupt_status: 0, ..state });
+    assert_eq!(driver.transport.save().unwrap(), TransportState { interrupt_status: 0, ..state });
     driver.transport.resume();
     assert_eq!(driver.queues[0].used().len(), 1);
     for queue in [0, 1, 0] {
@@ -622,7 +622,7 @@ fn a_device_saved_half_way_through_its_set_up_goes_on_from_there() {
     let (mut driver, _) = new_driver();
     driver.negotiate(0);
     driver.set_up_queue(0);
-    let state = driver.transport.save();
+    let state = driver.transport.save().unwrap();
     let (mut driver, log) = restored(driver, &state);
     driver.transport.resume();
     assert_eq!(log.lock().unwrap().activations, 0);
@@ -639,7 +639,7 @@ fn a_broken_device_is_restored_broken() {
     log.lock().unwrap().fail_processing = true;
     driver.kick(0);
     driver.run_until_broken();
-    let state = driver.transport.save();
+    let state = driver.transport.save().unwrap();
     let (mut driver, log) = restored(driver, &state);
     driver.transport.resume();
     assert_eq!(driver.status(), RUNNING | NEEDS_RESET);
@@ -653,7 +653,7 @@ fn a_state_that_does_not_fit_is_refused() {
     let (mut driver, _) = new_driver();
     driver.start(0);
     driver.transport.pause();
-    let state = driver.transport.save();
+    let state = driver.transport.save().unwrap();
     let mut other_queues = state.clone();
     other_queues.registers.queues.pop();
     let mut other_features = state.clone();

@@ -197,14 +197,14 @@ impl VirtioDevice for Vsock {
         }
     }
 
-    fn save(&self) -> DeviceState {
-        DeviceState::Vsock(VsockState {
+    fn save(&self) -> Result<DeviceState> {
+        Ok(DeviceState::Vsock(VsockState {
             driver_ready: self.active.is_some(),
             next_host_port: match &self.active {
                 Some(active) => active.muxer.next_host_port(),
                 None => self.next_host_port,
             },
-        })
+        }))
     }
 
     fn restore(&mut self, state: &DeviceState) -> Result<()> {

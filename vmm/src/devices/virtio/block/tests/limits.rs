@@ -119,7 +119,7 @@ fn a_disk_that_waits_can_be_emptied() {
 fn a_disk_that_waits_can_be_paused_and_goes_on_elsewhere() {
     let (mut disk, status) = throttled(&limiter(&NEARLY_CLOSED));
     disk.driver.transport.pause();
-    let state = disk.driver.transport.save();
+    let state = disk.driver.transport.save().unwrap();
     let (block, _slot) = Block::new(Some((numbered(SECTORS), false))).unwrap();
     let mut driver = disk.driver.move_to(Box::new(block));
     driver.transport.restore(&state).unwrap();

@@ -21,6 +21,7 @@ mod identity;
 mod lifecycle;
 mod mounts;
 mod names;
+mod restore;
 
 const HIGH_PRIORITY: u16 = 0;
 const REQUESTS: u16 = 1;

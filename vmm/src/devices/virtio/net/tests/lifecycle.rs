@@ -88,8 +88,8 @@ fn a_paused_device_does_nothing_and_goes_on_with_what_came_meanwhile() {
         port.deliver(&received);
         port.send(&sent);
         port.driver.run();
-        let state = port.driver.transport.save();
-        assert_eq!(port.driver.transport.save(), state);
+        let state = port.driver.transport.save().unwrap();
+        assert_eq!(port.driver.transport.save().unwrap(), state);
         assert!(!readable(&port.host, 0));
         assert_eq!(port.driver.queues[0].pending(), 0);
 
@@ -106,7 +106,7 @@ fn a_paused_device_does_nothing_and_goes_on_with_what_came_meanwhile() {
 /// Moves the driver to another device, through a saved state.
 fn moved(mut port: Port) -> Port {
     port.driver.transport.pause();
-    let state = serde_json::to_string(&port.driver.transport.save()).unwrap();
+    let state = serde_json::to_string(&port.driver.transport.save().unwrap()).unwrap();
     let (net, slot) = Net::new(3, &RateLimit::default()).unwrap();
     let mut driver = port.driver.move_to(Box::new(net));
     driver.transport.restore(&serde_json::from_str(&state).unwrap()).unwrap();
@@ -169,7 +169,7 @@ fn a_restored_device_does_not_look_into_its_queues_before_it_goes_on() {
     let mut port = Port::new(MERGEABLE);
     port.assert_works();
     port.driver.transport.pause();
-    let state = port.driver.transport.save();
+    let state = port.driver.transport.save().unwrap();
     port.post(1, 1526);
     let (net, slot) = Net::new(3, &RateLimit::default()).unwrap();
     let (ours, theirs) = cable();
@@ -178,7 +178,7 @@ fn a_restored_device_does_not_look_into_its_queues_before_it_goes_on() {
     let received = frame(2, 100);
     port.deliver(&received);
     port.driver.transport.restore(&state).unwrap();
-    assert_eq!(port.driver.transport.save(), state);
+    assert_eq!(port.driver.transport.save().unwrap(), state);
     port.driver.transport.resume();
     assert_eq!(port.receive(), (received, 1));
     port.assert_works();

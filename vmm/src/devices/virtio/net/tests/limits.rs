@@ -154,7 +154,7 @@ fn a_device_that_waits_can_be_paused_and_goes_on_elsewhere() {
     let mut port = throttled();
     assert_nothing_more_is_sent(&mut port);
     port.driver.transport.pause();
-    let state = port.driver.transport.save();
+    let state = port.driver.transport.save().unwrap();
     let (net, slot) = Net::new(3, &RateLimit::default()).unwrap();
     let mut port = Port { driver: port.driver.move_to(Box::new(net)), slot, ..port };
     port.driver.transport.restore(&state).unwrap();

@@ -98,7 +98,7 @@ fn packets_sent_during_a_pause_are_taken_after_it() {
 /// The same guest on another machine, its devices restored from what was saved here.
 fn move_guest(mut guest: Guest) -> Guest {
     guest.driver.transport.pause();
-    let state = guest.driver.transport.save();
+    let state = guest.driver.transport.save().unwrap();
     let state = serde_json::from_slice(&serde_json::to_vec(&state).unwrap()).unwrap();
     let (device, handle, accepted) = device();
     let mut driver = guest.driver.move_to(device);
