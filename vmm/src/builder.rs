@@ -28,7 +28,7 @@ use crate::devices::virtio::{GuestMemory, Interrupt, VirtioDevice};
 use crate::error::{Error, Result};
 use crate::event_loop::EventLoop;
 use crate::kvm::Vm;
-use crate::machine::Machine;
+use crate::machine::{Machine, Saving};
 use crate::memory::{self, Backing};
 use crate::prefetch;
 use crate::seccomp::Confinement;
@@ -105,7 +105,7 @@ pub fn build(
     events: &EventLoop,
 ) -> Result<Machine> {
     check(config)?;
-    let is_template = memory.is_some();
+    let saving = if memory.is_some() { Saving::Once } else { Saving::Never };
     let backing = memory.map_or(Backing::Anonymous, Backing::File);
     let memory = memory::map(config.memory_mib, config.max_memory_mib, backing)?;
     let entry = boot::load_kernel(&memory, kernel)?;
@@ -118,7 +118,7 @@ pub fn build(
         config.max_vcpus,
     )?;
     let machine = assemble(config, &Origin::Kernel { entry }, memory, parts, events)?;
-    Ok(Machine { is_template, ..machine })
+    Ok(Machine { saving, ..machine })
 }
 
 /// Builds a machine that goes on from where another was saved, with a copy of that one's memory. It is paused. Memory that was
@@ -220,7 +220,7 @@ fn assemble(
         entered,
         started: parts.started,
         running: false,
-        is_template: false,
+        saving: Saving::Never,
         memory,
         config: config.clone(),
         prefetch: Vec::new(),

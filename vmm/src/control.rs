@@ -211,9 +211,7 @@ impl Control {
             Request::Build(_) | Request::BuildTemplate(_) | Request::Restore(_) => Err(Error::BuiltTwice),
             Request::Resume => machine.resume(),
             Request::Pause => machine.pause(),
-            // Another process is ended by its filter at the first call for it.
-            Request::Save if !machine.is_template() => Err(Error::NotATemplate),
-            Request::Save => only(request.name(), fds).and_then(|file| machine.save()?.write(file.into())),
+            Request::Save => only(request.name(), fds).and_then(|file| machine.save_with_memory(file.into())),
             Request::VsockConnect { port } => match only(request.name(), fds) {
                 Ok(stream) => {
                     let sender = self.sender.clone();

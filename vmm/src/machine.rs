@@ -27,6 +27,17 @@ use crate::prefetch::Prefetch;
 use crate::snapshot::{MachineState, Snapshot};
 use crate::vcpu::{ExitReceiver, Vcpus};
 
+/// Whether a machine can be saved with its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Saving {
+    /// Its memory was never a file's.
+    Never,
+    /// Its memory is a file's.
+    Once,
+    /// Its memory was a file's.
+    Done,
+}
+
 /// One virtual machine with its devices. Dropping it stops the vCPUs first.
 pub struct Machine {
     pub(crate) vcpus: Vcpus,
@@ -41,8 +52,8 @@ pub struct Machine {
     pub(crate) entered: Arc<OnceLock<Instant>>,
     pub(crate) started: Instant,
     pub(crate) running: bool,
-    /// Whether its memory is a file's.
-    pub(crate) is_template: bool,
+    /// Whether it can be saved with its memory.
+    pub(crate) saving: Saving,
     /// Dropped after `vm`, which uses it.
     pub(crate) memory: GuestMemory,
     /// What it was built from.
@@ -121,19 +132,31 @@ impl Machine {
         Ok(())
     }
 
-    /// Whether its memory is a file's.
-    pub fn is_template(&self) -> bool {
-        self.is_template
+    /// Writes everything that the machine is to an empty file, but its memory, which its own file has as it is now. When the machine
+    /// goes on, it leaves that file alone.
+    ///
+    /// # Errors
+    /// As [`Machine::save`]; its memory is no file's; or the state cannot be written. The machine can go on.
+    pub fn save_with_memory(&mut self, state: File) -> Result<()> {
+        match self.saving {
+            Saving::Never => return Err(Error::NotATemplate),
+            Saving::Done => return Err(Error::SavedAlready),
+            Saving::Once => self.save()?.write(state)?,
+        }
+        // Also if it fails: then the file may have some of the memory, and lose it when the machine goes on.
+        self.saving = Saving::Done;
+        memory::part_from_file(&self.memory.memory())
     }
 
     /// Reads everything that the machine is, but its memory.
     ///
     /// # Errors
-    /// It runs, a device has something that would not be in its state, or KVM refuses.
+    /// It runs, it has something that would not be in its state, or KVM refuses.
     pub fn save(&mut self) -> Result<Snapshot> {
         if self.running {
             return Err(Error::Running(true));
         }
+        self.check_savable()?;
         let devices = self.bus.virtio().iter().map(|device| lock(device).save());
         let state = MachineState {
             devices: devices.collect::<Result<_>>()?,
@@ -142,6 +165,17 @@ impl Machine {
             serial: SerialState::save(&self.bus.serial()),
         };
         Ok(Snapshot::new(self.config.clone(), processor(&self.vm.supported_cpuid()?), state))
+    }
+
+    /// Memory that was plugged in is not the file's, and what is behind a block slot is the shim's.
+    fn check_savable(&self) -> Result<()> {
+        if self.growth.as_ref().is_some_and(|growth| growth.plugged() > 0) {
+            return Err(Error::NotNow { obstacle: "memory is plugged in".into() });
+        }
+        match self.block_slots.iter().position(BlockSlot::is_filled) {
+            Some(slot) => Err(Error::NotNow { obstacle: format!("block slot {slot} is filled") }),
+            None => Ok(()),
+        }
     }
 
     /// The guest's memory.

@@ -1,11 +1,15 @@
 //! Guest memory.
 
-use std::fs::File;
+#![allow(unsafe_code)]
 
-use libc::{MAP_ANONYMOUS, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd as _;
+
+use libc::{MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE};
 use mayu_vmm_api::{MAX_MEMORY_MIB, MIN_MEMORY_MIB};
 use vm_memory::mmap::{FromRangesError, MmapRegion};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::arch::layout;
 use crate::error::{Error, Result};
@@ -98,6 +102,37 @@ fn map_all(
     Ok(GuestMemoryMmap::from_regions(regions)?)
 }
 
+/// Parts memory from its file: what the guest has written so far stays in the file, and what it writes from now on does not reach it. Memory
+/// stays at its addresses, where KVM finds it: what KVM has mapped of it is taken from it first (the kernel's MMU notifiers). Legal while
+/// nobody uses the memory.
+///
+/// # Errors
+/// The kernel refuses. Then some of the memory may still be the file's.
+pub fn part_from_file(memory: &GuestMemoryMmap) -> Result<()> {
+    let of_a_file = memory.iter().filter_map(|region| Some((region, region.file_offset()?)));
+    for (region, file) in of_a_file {
+        let offset = libc::off_t::try_from(file.start())
+            .map_err(|error| Error::PartMemory(io::Error::other(error)))?;
+        // SAFETY: address and length are those of a whole mapping, which lives as long as `region`, is its alone, and is of this
+        // part of this file, with the same protection. So the new one takes exactly its place, has the same bytes, and is unmapped by
+        // the same owner. No Rust reference to guest memory exists anywhere.
+        let mapped = unsafe {
+            libc::mmap(
+                region.as_ptr().cast(),
+                region.size(),
+                PROT_READ | PROT_WRITE,
+                MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED,
+                file.file().as_raw_fd(),
+                offset,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(Error::PartMemory(io::Error::last_os_error()));
+        }
+    }
+    Ok(())
+}
+
 /// Refuses more memory than the host has in all.
 ///
 /// # Errors
@@ -117,7 +152,9 @@ fn host_memory_mib() -> Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes as _, GuestMemory as _, GuestMemoryRegion as _};
+    use std::os::unix::fs::FileExt as _;
+
+    use vm_memory::{Bytes as _, GuestMemoryRegion as _};
 
     fn allocate(mib: u32, max_mib: u32) -> Result<GuestMemoryMmap> {
         map(mib, max_mib, Backing::Anonymous)
@@ -190,6 +227,40 @@ mod tests {
         {
             let region = pluggable(boot, max).unwrap();
             assert_eq!((region.size, region.limit), (mib(size), mib(limit)), "{boot} to {max}");
+        }
+    }
+
+    #[test]
+    fn memory_that_is_parted_from_its_file_is_as_it_was_and_the_file_stays_so() {
+        // Some below the gap, some above it, and some that no file has.
+        let (mib, max_mib) = (3073, 3200);
+        if host_memory_mib().unwrap() < mib.into() {
+            eprintln!("SKIPPED: needs a host with more than 3 GiB of memory");
+            return;
+        }
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(u64::from(mib) << 20).unwrap();
+        let memory = map(mib, max_mib, Backing::File(&file)).unwrap();
+        let above = pluggable(mib, max_mib).unwrap().start;
+        let places =
+            [GuestAddress(0x1000), GuestAddress(layout::GAP_START - 8), GuestAddress(layout::GAP_END)];
+        let in_the_file = [0x1000, layout::GAP_START - 8, layout::GAP_START];
+        for (number, place) in (1..).zip(places) {
+            memory.write_obj::<u64>(number, place).unwrap();
+        }
+        memory.write_obj::<u64>(4, above).unwrap();
+        let addresses: Vec<_> = memory.iter().map(|region| region.as_ptr()).collect();
+
+        part_from_file(&memory).unwrap();
+
+        assert_eq!(memory.iter().map(|region| region.as_ptr()).collect::<Vec<_>>(), addresses);
+        assert_eq!(memory.read_obj::<u64>(above).unwrap(), 4);
+        for ((number, place), offset) in (1..).zip(places).zip(in_the_file) {
+            assert_eq!(memory.read_obj::<u64>(place).unwrap(), number);
+            memory.write_obj::<u64>(99, place).unwrap();
+            let mut kept = [0; 8];
+            file.read_exact_at(&mut kept, offset).unwrap();
+            assert_eq!(u64::from_le_bytes(kept), number);
         }
     }
 }

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use mayu_vmm::snapshot::Snapshot;
 use mayu_vmm_api::{ExitReason, Pages, Request, VmConfig, WorkingSet};
-use support::payload::{COUNT_FOREVER, RESET, elf, print, wait_for_disk};
+use support::payload::{COUNT, COUNT_FOREVER, RESET, elf, print, wait_for_disk};
 use support::{PATIENCE, Vmm, config, image, memory_file, unable};
 
 /// What a saved machine consists of.
@@ -24,7 +24,19 @@ struct Saved {
 impl Saved {
     /// A guest that has said "first" and says "second" once it has a disk.
     fn midway() -> Self {
-        let guest = elf(&[print("first\n"), wait_for_disk(), print("second\n"), RESET.to_vec()].concat());
+        let (saved, mut vmm) = Self::begun();
+        vmm.request(Request::Pause, &[]).unwrap();
+        saved.save(&mut vmm).unwrap();
+        vmm.request(Request::Shutdown, &[]).unwrap();
+        assert_eq!(vmm.exit(), ExitReason::Requested);
+        assert_eq!(vmm.whole_console(), "first\n");
+        saved
+    }
+
+    /// The same guest, which runs and is not saved yet.
+    fn begun() -> (Self, Vmm) {
+        let parts = [print("first\n"), wait_for_disk(), print("second\n"), COUNT.into(), RESET.into()];
+        let guest = elf(&parts.concat());
         let state = tempfile::NamedTempFile::new().unwrap();
         let memory = memory_file(&config());
         let share = tempfile::tempdir().unwrap();
@@ -34,13 +46,11 @@ impl Saved {
         outcome.unwrap();
         vmm.request(Request::Resume, &[]).unwrap();
         vmm.wait_for_console("first\n");
-        vmm.request(Request::Pause, &[]).unwrap();
-        let file = state.reopen().unwrap();
-        vmm.request(Request::Save, &[file.into()]).unwrap();
-        vmm.request(Request::Shutdown, &[]).unwrap();
-        assert_eq!(vmm.exit(), ExitReason::Requested);
-        assert_eq!(vmm.whole_console(), "first\n");
-        Self { state, memory }
+        (Self { state, memory }, vmm)
+    }
+
+    fn save(&self, vmm: &mut Vmm) -> Result<(), String> {
+        vmm.request(Request::Save, &[self.state.reopen().unwrap().into()])
     }
 
     fn restore(&self, config: VmConfig, share: &Path) -> (Vmm, Result<(), String>) {
@@ -103,6 +113,80 @@ fn any_number_of_machines_go_on_from_where_one_was_saved() {
         assert_eq!(vmm.whole_console(), "second\n");
     }
     assert!(saved.memory() == memory, "what they have written is their own");
+}
+
+/// Has the guest say its second word, and end.
+fn end(vmm: &mut Vmm) {
+    vmm.request(Request::AttachBlock { slot: 0, read_only: true }, &[image().into()]).unwrap();
+    assert_eq!(vmm.exit(), ExitReason::GuestReset);
+}
+
+#[test]
+fn a_machine_goes_on_after_it_was_saved_and_leaves_the_saved_one_alone() {
+    if unable() {
+        return;
+    }
+    let (saved, mut vmm) = Saved::begun();
+    vmm.request(Request::Pause, &[]).unwrap();
+    saved.save(&mut vmm).unwrap();
+    let memory = saved.memory();
+    vmm.request(Request::Resume, &[]).unwrap();
+    vmm.request(Request::Pause, &[]).unwrap();
+    let refusal = saved.save(&mut vmm).unwrap_err();
+    assert!(refusal.contains("saved already"), "{refusal}");
+    vmm.request(Request::Resume, &[]).unwrap();
+    // It writes to memory after its second word.
+    end(&mut vmm);
+    assert_eq!(vmm.whole_console(), "first\nsecond\n");
+
+    assert!(saved.memory() == memory, "what it has written since is its own");
+    let share = tempfile::tempdir().unwrap();
+    let (mut other, outcome) = saved.restore(described(), share.path());
+    outcome.unwrap();
+    other.request(Request::Resume, &[]).unwrap();
+    end(&mut other);
+    assert_eq!(other.whole_console(), "second\n");
+}
+
+#[test]
+fn a_machine_that_is_to_be_saved_is_confined() {
+    if unable() {
+        return;
+    }
+    let (_saved, mut vmm) = Saved::begun();
+    let tasks = format!("/proc/{}/task", vmm.pid());
+    let filtered = fs::read_dir(tasks).unwrap().map(|task| {
+        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        status.lines().any(|line| line == "Seccomp:\t2")
+    });
+    let filtered: Vec<_> = filtered.collect();
+    // The event loop, a vCPU, and those for files.
+    assert!(filtered.len() >= 4 && filtered.iter().all(|filtered| *filtered), "{filtered:?}");
+    end(&mut vmm);
+}
+
+#[test]
+fn an_obstacle_is_named_and_the_machine_goes_on_and_is_saved_without_it() {
+    if unable() {
+        return;
+    }
+    let (saved, mut vmm) = Saved::begun();
+    let refusal = saved.save(&mut vmm).unwrap_err();
+    assert!(refusal.contains("are running"), "{refusal}");
+    vmm.request(Request::AttachBlock { slot: 2, read_only: true }, &[image().into()]).unwrap();
+    vmm.request(Request::Pause, &[]).unwrap();
+    let refusal = saved.save(&mut vmm).unwrap_err();
+    assert!(refusal.contains("while block slot 2 is filled"), "{refusal}");
+    // A state that cannot be written is none.
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    vmm.request(Request::DetachBlock { slot: 2 }, &[]).unwrap();
+    let refusal = vmm.request(Request::Save, &[full.into()]).unwrap_err();
+    assert!(refusal.contains("cannot write the state"), "{refusal}");
+    vmm.request(Request::Resume, &[]).unwrap();
+    vmm.request(Request::Pause, &[]).unwrap();
+    saved.save(&mut vmm).unwrap();
+    vmm.request(Request::Resume, &[]).unwrap();
+    end(&mut vmm);
 }
 
 #[test]

@@ -94,7 +94,10 @@ pub enum Request {
     /// the files. What the guest held of its share is opened again by path when the machine is resumed first: files may come to the
     /// share until then.
     Restore(VmConfig),
-    /// Write the state of a template that is paused, all but its memory, to the attached file, which is empty.
+    /// Write the state of a machine that was built to be saved and is paused, all but its memory, to the attached file, which is
+    /// empty. The file of its memory stays as it is from now on, whatever the machine does when it goes on; so it is saved once only.
+    /// Refused, with the obstacle's name, while memory is plugged in, a block slot is filled, or the guest has a file of its share open that
+    /// it may write to or that is not there any more. The machine can go on then, too.
     Save,
     /// Let the vCPUs run. Refused, with its path, while a file is not there that the guest of a restored machine has open.
     Resume,

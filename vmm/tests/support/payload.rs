@@ -21,8 +21,11 @@ pub const RESET: [u8; 4] = [0xb0, 0xfe, 0xe6, 0x64];
 /// `inc rbx; jmp` to the former.
 pub const COUNT_FOREVER: [u8; 5] = [0x48, 0xff, 0xc3, 0xeb, 0xfb];
 
-/// Waits until block slot 0 has a disk of less than 2 TiB: until the first word of its device's configuration, its capacity, is
-/// not zero. It maps the devices' registers first, which the tables that a kernel begins with do not.
+/// `inc qword [0x20000]`: writes to memory.
+pub const COUNT: [u8; 8] = [0x48, 0xff, 0x04, 0x25, 0, 0, 0x02, 0];
+
+/// Waits until block slot 0 has a disk of less than 2 TiB, and counts meanwhile: until the first word of its device's configuration,
+/// its capacity, is not zero. It maps the devices' registers first, which the tables that a kernel begins with do not.
 pub fn wait_for_disk() -> Vec<u8> {
     // A page directory of its own, in memory that is zero, for the fourth GiB; in it the 2 MiB of the devices.
     const DIRECTORY: u32 = 0x1_0000;
@@ -36,8 +39,9 @@ pub fn wait_for_disk() -> Vec<u8> {
         code.extend([&[0xb8], entry.to_le_bytes().as_slice()].concat());
         code.extend([&[0x48, 0x89, 0x04, 0x25], address.to_le_bytes().as_slice()].concat());
     }
-    // `mov eax, [CAPACITY]; test eax, eax; jz` to the former.
-    code.extend([&[0xa1], CAPACITY.to_le_bytes().as_slice(), &[0x85, 0xc0, 0x74, 0xf3]].concat());
+    code.extend(COUNT);
+    // `mov eax, [CAPACITY]; test eax, eax; jz` to where it counts.
+    code.extend([&[0xa1], CAPACITY.to_le_bytes().as_slice(), &[0x85, 0xc0, 0x74, 0xeb]].concat());
     code
 }
 

@@ -57,6 +57,11 @@ impl BlockSlot {
         self.replace(None)
     }
 
+    /// Whether there is a file behind it. Waits for the request under way.
+    pub fn is_filled(&self) -> bool {
+        self.backend().is_some()
+    }
+
     fn replace(&self, new: Option<Backend>) -> Result<()> {
         let mut backend = self.backend();
         *backend = new;
