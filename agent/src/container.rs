@@ -1,6 +1,8 @@
 //! One container: its cgroup, its files, its init process and the processes executed beside it.
 
+mod adopt;
 mod start;
+mod suspend;
 mod watch;
 
 use std::collections::HashMap;
@@ -16,6 +18,7 @@ use slog::{Logger, o};
 use tokio::net::unix::pipe;
 use tokio::task::JoinHandle;
 
+use self::adopt::Adoption;
 use crate::cgroup::Cgroup;
 use crate::error::{Error, Result};
 use crate::process::Process;
@@ -32,6 +35,8 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 /// A container from its creation to its deletion.
 pub struct Container {
     id: String,
+    /// What its cgroup and its files are called: the id under which it was created, which is another's where it was adopted.
+    name: String,
     runtime: Arc<Runtime>,
     cgroup: Cgroup,
     init: Arc<Process>,
@@ -49,6 +54,8 @@ struct Inner {
     /// Tells why the init could not execute its program.
     failure: Option<pipe::Receiver>,
     memory_watch: Option<JoinHandle<()>>,
+    /// What an adopted container is to be when it is started.
+    adoption: Option<Adoption>,
 }
 
 /// A process beside the init and what it is to run.
@@ -70,6 +77,7 @@ impl Container {
         let log = runtime.log.new(o!("container" => id.to_owned()));
         Ok(Self {
             id: id.to_owned(),
+            name: id.to_owned(),
             cgroup: Cgroup::of(id),
             init: Arc::new(Process::new(id, "", stdio, expected, State::Creating)),
             plan,
@@ -83,6 +91,11 @@ impl Container {
     /// The container's id.
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// What its cgroup and its files are called.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// The init process.
@@ -150,13 +163,14 @@ impl Container {
         frozen
     }
 
-    /// Thaws all processes.
+    /// Thaws all processes, suspended ones too.
     ///
     /// # Errors
     ///
     /// `WrongState`, `File`, `CgroupDeadline`.
     pub async fn resume(&self) -> Result<()> {
         self.init.advance(Action::Resume)?;
+        self.init.unpark();
         self.cgroup.freeze(false).await
     }
 
@@ -227,7 +241,8 @@ impl Container {
             watch.abort();
         }
         self.cgroup.remove().await?;
-        for directory in [self.runtime.bundle(&self.id), self.runtime.state_directory().join(&self.id)] {
+        self.runtime.root(&self.name).remove()?;
+        for directory in [self.runtime.bundle(&self.name), self.runtime.state_directory().join(&self.name)] {
             if directory.exists() {
                 fs::remove_dir_all(&directory).map_err(Error::file("remove", &directory))?;
             }

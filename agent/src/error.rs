@@ -63,6 +63,32 @@ pub enum Error {
         /// The process's state.
         state: State,
     },
+    /// The container is frozen, but not such that it could go on as another.
+    #[error("cannot adopt {0}: it is not suspended")]
+    NotSuspended(String),
+    /// Something keeps the containers from being suspended.
+    #[error("cannot suspend: {0}")]
+    Obstacle(String),
+    /// The pod did not become ready in time.
+    #[error("container {container:?} was not ready within {milliseconds} ms: {condition}")]
+    NotReady {
+        /// The container's id.
+        container: String,
+        /// The limit.
+        milliseconds: u32,
+        /// What is not so.
+        condition: String,
+    },
+    /// A program that an adopted container was to run before it goes on has failed.
+    #[error("hook {hook:?} of container {container:?} {reason}")]
+    Hook {
+        /// The program.
+        hook: String,
+        /// The container's id.
+        container: String,
+        /// What became of it.
+        reason: String,
+    },
     /// A signal for a process that is no more.
     #[error("process already finished: {0}")]
     Finished(String),
@@ -134,6 +160,9 @@ pub enum Error {
         /// The reason.
         source: io::Error,
     },
+    /// The kernel's table of sockets could not be read.
+    #[error("read the table of sockets: {0}")]
+    Sockets(#[source] procfs::ProcError),
     /// A cgroup did not reach a state in time.
     #[error("cgroup {path:?} was not {state} within {seconds} s")]
     CgroupDeadline {
@@ -177,18 +206,20 @@ impl Error {
             Self::ContainerExists(_) | Self::ProcessExists { .. } | Self::VolumeExists(_) => {
                 Code::ALREADY_EXISTS
             }
-            Self::WrongState { .. } => Code::FAILED_PRECONDITION,
+            Self::WrongState { .. } | Self::NotSuspended(_) | Self::Obstacle(_) => Code::FAILED_PRECONDITION,
             Self::TooMany { .. } => Code::RESOURCE_EXHAUSTED,
-            Self::MissingStream { .. } | Self::LaunchDeadline { .. } | Self::CgroupDeadline { .. } => {
-                Code::DEADLINE_EXCEEDED
-            }
+            Self::MissingStream { .. }
+            | Self::LaunchDeadline { .. }
+            | Self::CgroupDeadline { .. }
+            | Self::NotReady { .. } => Code::DEADLINE_EXCEEDED,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
-            Self::Launch(_) => Code::UNKNOWN,
+            Self::Launch(_) | Self::Hook { .. } => Code::UNKNOWN,
             Self::File { .. }
             | Self::System { .. }
             | Self::Io { .. }
             | Self::Network { .. }
             | Self::Resources(_)
+            | Self::Sockets(_)
             | Self::Serve(_) => Code::INTERNAL,
         }
     }

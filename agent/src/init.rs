@@ -33,6 +33,8 @@ const RUN_DIRECTORY: &str = "/run/mayu";
 const LAUNCH_DEADLINE: Duration = Duration::from_secs(120);
 /// How long the shim may take to connect the streams of a process that it starts.
 const STREAM_DEADLINE: Duration = Duration::from_secs(30);
+/// How long what the kernel has cached of the share's attributes may be used, which is 500 ms for all that the VMM tells, and a little.
+const SETTLE_TIME: Duration = Duration::from_millis(600);
 /// Open files: each stream of a process is two. Containers without a limit of their own inherit it, as they
 /// do from containerd.
 const MAX_FILES: u64 = 1024 * 1024;
@@ -128,6 +130,7 @@ async fn boot(entered: Duration) -> Result<std::convert::Infallible> {
         program: "/proc/self/exe".into(),
         launch_deadline: LAUNCH_DEADLINE,
         stream_deadline: STREAM_DEADLINE,
+        settle_time: SETTLE_TIME,
         run_directory: RUN_DIRECTORY.into(),
         volume_directory: VOLUME_DIR.into(),
     };

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use crate::error::{Error, Result};
 use crate::reaper::{Exit, Reaper};
 use crate::state::{Action, State};
-use crate::stdio::{ConnectedStdio, Copies, Ends, ExpectedStdio, StdioRequest};
+use crate::stdio::{ConnectedStdio, Copies, Ends, ExpectedStdio, Parked, StdioRequest};
 use crate::sys;
 
 /// A container's init (which has no exec id) or an exec.
@@ -30,6 +30,8 @@ struct Inner {
     expected: Option<ExpectedStdio>,
     terminal: Option<OwnedFd>,
     copies: Option<Copies>,
+    /// There while it is suspended, and until it is started as another container's.
+    parked: Option<Parked>,
 }
 
 impl Process {
@@ -51,9 +53,59 @@ impl Process {
                 expected: Some(expected),
                 terminal: None,
                 copies: None,
+                parked: None,
             }),
             exit: watch::Sender::new(None),
         }
+    }
+
+    /// This suspended process as the init of container `container_id`, yet to be started. Nobody can do anything with it under its former
+    /// name any more but learn of its end. `watch` takes its exit over.
+    ///
+    /// # Errors
+    ///
+    /// `WrongState`, `NotSuspended`, `InvalidRequest` where one of the two has a terminal, and those of `watch`. Nothing has changed
+    /// then.
+    pub fn adopt<T>(
+        &self,
+        container_id: &str,
+        stdio: StdioRequest,
+        expected: ExpectedStdio,
+        watch: impl FnOnce(Pid) -> Option<T>,
+    ) -> Result<(Self, T)> {
+        let mut inner = self.inner();
+        let action = Action::Adopt;
+        let state = inner.state.after(action).ok_or_else(|| Error::WrongState {
+            action,
+            process: self.to_string(),
+            state: inner.state,
+        })?;
+        let (Some(pid), true) = (inner.pid, inner.parked.is_some()) else {
+            return Err(Error::NotSuspended(self.to_string()));
+        };
+        if stdio.terminal != self.stdio.terminal {
+            let has = if self.stdio.terminal { "has a terminal" } else { "has no terminal" };
+            return Err(Error::InvalidRequest(format!("{self} {has}")));
+        }
+        let watched = watch(pid).ok_or_else(|| Error::Finished(self.to_string()))?;
+        inner.state = State::Deleting;
+        // What it copies to and from is the former shim's.
+        inner.copies = None;
+        let adopted = Self {
+            container_id: container_id.to_owned(),
+            exec_id: String::new(),
+            stdio,
+            inner: Mutex::new(Inner {
+                state,
+                pid: Some(pid),
+                expected: Some(expected),
+                terminal: inner.terminal.take(),
+                copies: None,
+                parked: inner.parked.take(),
+            }),
+            exit: self.exit.clone(),
+        };
+        Ok((adopted, watched))
     }
 
     /// Empty for a container's init.
@@ -141,6 +193,51 @@ impl Process {
         self.inner().terminal.as_ref().map_or(Ok(Ends::default()), Ends::of_terminal)
     }
 
+    /// Whether somebody may still write to its streams.
+    pub fn prints(&self) -> bool {
+        self.inner().copies.as_ref().is_some_and(Copies::are_open)
+    }
+
+    /// Whether all output has reached the shim, if it has no more.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Copies::are_drained`].
+    pub fn is_drained(&self) -> Result<bool> {
+        self.inner().copies.as_ref().map_or(Ok(true), Copies::are_drained)
+    }
+
+    /// Keeps the ends of its pipes, whatever becomes of the shim's streams.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Copies::park`].
+    pub fn park(&self) -> Result<()> {
+        let mut inner = self.inner();
+        inner.parked = Some(inner.copies.as_ref().map_or(Ok(Parked::default()), Copies::park)?);
+        Ok(())
+    }
+
+    /// Leaves its pipes to the copies.
+    pub fn unpark(&self) {
+        self.inner().parked = None;
+    }
+
+    /// Whether the ends of its pipes are kept.
+    pub fn is_parked(&self) -> bool {
+        self.inner().parked.is_some()
+    }
+
+    /// The ends that were kept; those of its terminal if it has one.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Parked::into_ends`] and [`Ends::of_terminal`].
+    pub fn parked_ends(&self) -> Result<Ends> {
+        let parked = self.inner().parked.take().unwrap_or_default();
+        if self.stdio.terminal { self.terminal_ends() } else { parked.into_ends() }
+    }
+
     /// Notes that it runs its program; or already has, and has ended.
     pub fn started(&self) {
         let mut inner = self.inner();
@@ -209,6 +306,7 @@ impl Process {
         let (copies, expected) = {
             let mut inner = self.inner();
             inner.terminal = None;
+            inner.parked = None;
             (inner.copies.take(), inner.expected.take())
         };
         drop(expected);

@@ -91,6 +91,14 @@ impl Reaper {
         receiver
     }
 
+    /// The exit of the watched process `pid`, of which its watcher so far will not learn any more; nothing where that one has been told
+    /// already.
+    pub fn take_over(&self, pid: Pid) -> Option<oneshot::Receiver<Exit>> {
+        let (sender, receiver) = oneshot::channel();
+        *self.table().watched.get_mut(&pid)? = sender;
+        Some(receiver)
+    }
+
     /// Sends `signal` to the watched process `pid`. A pid that is watched has not been collected, so that the
     /// kernel cannot have given it to another process.
     ///
@@ -192,6 +200,19 @@ mod tests {
         reaper.record(pid(7), exit(2));
 
         assert_eq!(watched.try_recv(), Ok(exit(2)));
+    }
+
+    #[test]
+    fn a_watch_is_taken_over_until_the_exit_is_told() {
+        let reaper = Arc::new(Reaper::default());
+        let mut first = reaper.watch(pid(7));
+
+        let mut second = reaper.take_over(pid(7)).unwrap();
+        assert_eq!(first.try_recv(), Err(oneshot::error::TryRecvError::Closed));
+        reaper.record(pid(7), exit(2));
+
+        assert_eq!(second.try_recv(), Ok(exit(2)));
+        assert!(reaper.take_over(pid(7)).is_none());
     }
 
     #[test]

@@ -11,6 +11,7 @@ use crate::events::Events;
 use crate::launch::Launcher;
 use crate::pid_namespace::PodPidNamespace;
 use crate::reaper::Reaper;
+use crate::root::Root;
 use crate::streams::Streams;
 
 /// What all containers share.
@@ -44,6 +45,11 @@ impl Runtime {
     /// The directory in which libcontainer keeps a directory for each container.
     pub fn state_directory(&self) -> PathBuf {
         self.run_directory.join("state")
+    }
+
+    /// The root of container `id` where it may be suspended.
+    pub fn root(&self, id: &str) -> Root {
+        Root::at(self.run_directory.join("roots").join(id))
     }
 
     /// A path that nobody has used before.

@@ -10,7 +10,7 @@ use futures::future::join_all;
 use mayu_agent_api::sandbox::{
     ConfigureNetworkRequest, ConfigureNetworkResponse, ConfigureRequest, ConfigureResponse,
     CreateVolumeRequest, CreateVolumeResponse, Event, EventsRequest, HealthRequest, HealthResponse,
-    ResizeRequest, ResizeResponse, ShutdownRequest, ShutdownResponse,
+    ResizeRequest, ResizeResponse, ShutdownRequest, ShutdownResponse, SuspendRequest, SuspendResponse,
 };
 use mayu_agent_api::sandbox_ttrpc::Sandbox;
 use nix::sys::reboot::{RebootMode, reboot};
@@ -27,7 +27,8 @@ use crate::cpus::Cpus;
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::network::{Network, VirtioSlots};
-use crate::task::Containers;
+use crate::suspend::Suspender;
+use crate::task::{Containers, complete};
 use crate::volumes::Volumes;
 use crate::{sys, sysctl};
 
@@ -47,14 +48,22 @@ pub struct SandboxService {
     network: Arc<Network<VirtioSlots>>,
     volumes: Volumes,
     cpus: Arc<Cpus>,
+    suspender: Arc<Suspender>,
     log: Logger,
 }
 
 impl SandboxService {
     /// Serves the guest and its `containers`.
-    pub fn new(containers: Arc<Containers>, events: Arc<Events>, volumes: Volumes, log: Logger) -> Self {
+    pub fn new(
+        containers: Arc<Containers>,
+        events: Arc<Events>,
+        volumes: Volumes,
+        suspender: Suspender,
+        log: Logger,
+    ) -> Self {
         let network = Arc::new(Network::new(VirtioSlots::new()));
-        Self { containers, events, network, volumes, cpus: Arc::new(Cpus::new()), log }
+        let (cpus, suspender) = (Arc::new(Cpus::new()), Arc::new(suspender));
+        Self { containers, events, network, volumes, cpus, suspender, log }
     }
 
     /// Kills all processes and waits for their end, so that what they have written can be written back.
@@ -126,6 +135,12 @@ impl Sandbox for SandboxService {
     async fn health(&self, _: &TtrpcContext, _: HealthRequest) -> ttrpc::Result<HealthResponse> {
         let containers = u32::try_from(self.containers.count()).unwrap_or(u32::MAX);
         Ok(health(containers)?)
+    }
+
+    async fn suspend(&self, _: &TtrpcContext, request: SuspendRequest) -> ttrpc::Result<SuspendResponse> {
+        let suspender = Arc::clone(&self.suspender);
+        complete(async move { suspender.suspend(&request).await }).await?;
+        Ok(SuspendResponse::default())
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<ShutdownResponse> {

@@ -23,6 +23,7 @@ use crate::reaper::Reaper;
 use crate::runtime::Runtime;
 use crate::sandbox::SandboxService;
 use crate::streams::Streams;
+use crate::suspend::Suspender;
 use crate::task::{Containers, TaskService};
 use crate::volumes::Volumes;
 
@@ -37,6 +38,8 @@ pub struct Options {
     pub launch_deadline: Duration,
     /// How long the shim may take to connect the streams of a process that it starts.
     pub stream_deadline: Duration,
+    /// How long a machine that is to be saved stands still until nothing that its kernel has cached of the share may be used any more.
+    pub settle_time: Duration,
     /// Where bundles, libcontainer's states and sockets are kept.
     pub run_directory: PathBuf,
     /// Where the volumes that containers share are mounted.
@@ -105,7 +108,8 @@ pub async fn serve(options: Options, listeners: Listeners, log: &Logger) -> Resu
     tokio::spawn(registry.serve(listeners.streams, log.clone()));
     tokio::spawn(Forwarder::new(log.clone()).serve(listeners.forward));
     let volumes = Volumes::new(options.volume_directory);
-    let sandbox = SandboxService::new(Arc::clone(&containers), events, volumes, log.clone());
+    let suspender = Suspender::new(Arc::clone(&containers), options.settle_time, log.clone());
+    let sandbox = SandboxService::new(Arc::clone(&containers), events, volumes, suspender, log.clone());
     let mut server = Server::new()
         .register_service(create_task(Arc::new(TaskService::new(containers))))
         .register_service(create_sandbox(Arc::new(sandbox)))

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use mayu_agent_api::{PROCESS_TYPE_URL, SPEC_TYPE_URL};
+use mayu_agent_api::{PROCESS_TYPE_URL, SPEC_TYPE_URL, WARM};
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::Mode;
 use oci_spec::runtime::{
@@ -82,12 +82,24 @@ fn read<T: DeserializeOwned>(any: Option<&Any>, type_url: &str) -> Result<T> {
     serde_json::from_slice(&any.value).map_err(|error| Error::InvalidSpec(error.to_string()))
 }
 
+/// What the shim says in an annotation of `spec`.
+pub fn annotation<'a>(spec: &'a Spec, name: &str) -> Option<&'a str> {
+    spec.annotations().as_ref()?.get(name).map(String::as_str)
+}
+
 /// What the agent itself carries out of a container's spec.
+#[derive(Clone)]
 pub struct ContainerPlan {
     /// For the init process.
     pub process: ProcessPlan,
     /// Whether the container has a pid namespace of its own, which dies with its init.
     pub own_pid_namespace: bool,
+    /// Whether the container has a host name of its own.
+    pub own_uts_namespace: bool,
+    /// Whether the container may be suspended.
+    pub warm: bool,
+    /// The variables of its process as the spec has them.
+    pub environment: Vec<String>,
     /// The filter of all its processes.
     pub seccomp: Option<LinuxSeccomp>,
     /// Sysctls of the guest's network, which the container shares.
@@ -121,7 +133,9 @@ pub fn adapt_spec(spec: &mut Spec, id: &str, terminal: bool) -> Result<Container
         )));
     }
     check_mounts(spec)?;
+    let warm = annotation(spec, WARM) == Some("true");
     let mut process = spec.process().clone().ok_or_else(|| missing("process"))?;
+    let environment = process.env().clone().unwrap_or_default();
     let linux = spec.linux_mut().as_mut().ok_or_else(|| missing("linux"))?;
     refuse_user_namespace(linux)?;
     linux.set_cgroups_path(Some(Cgroup::spec_path(id)));
@@ -140,8 +154,9 @@ pub fn adapt_spec(spec: &mut Spec, id: &str, terminal: bool) -> Result<Container
         }
     }
     let namespace = |kind| namespaces.iter().find(|namespace| namespace.typ() == kind);
-    let own_pid_namespace =
-        namespace(LinuxNamespaceType::Pid).is_some_and(|namespace| namespace.path().is_none());
+    let owns = |kind| namespace(kind).is_some_and(|namespace| namespace.path().is_none());
+    let own_pid_namespace = owns(LinuxNamespaceType::Pid);
+    let own_uts_namespace = owns(LinuxNamespaceType::Uts);
     let mut network_sysctls = Vec::new();
     if namespace(LinuxNamespaceType::Network).is_none()
         && let Some(sysctls) = linux.sysctl_mut()
@@ -151,7 +166,15 @@ pub fn adapt_spec(spec: &mut Spec, id: &str, terminal: bool) -> Result<Container
     }
     let plan = adapt_process(&mut process, &root, terminal, seccomp.is_some())?;
     spec.set_process(Some(process));
-    Ok(ContainerPlan { process: plan, own_pid_namespace, seccomp, network_sysctls })
+    Ok(ContainerPlan {
+        process: plan,
+        own_pid_namespace,
+        own_uts_namespace,
+        warm,
+        environment,
+        seccomp,
+        network_sysctls,
+    })
 }
 
 /// Checks a process and adapts it to the guest. `root` is the root directory of its container, `seccomp` tells
@@ -269,7 +292,8 @@ fn home_directory(root: &Path, uid: u32) -> Option<String> {
     })
 }
 
-fn missing(field: &str) -> Error {
+/// The error for a spec without `field`.
+pub fn missing(field: &str) -> Error {
     Error::InvalidSpec(format!("{field} is missing"))
 }
 

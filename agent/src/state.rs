@@ -38,6 +38,8 @@ pub enum Action {
     Pause,
     /// The caller wants it thawed.
     Resume,
+    /// The caller makes it, suspended, that of another container, which is started again.
+    Adopt,
     /// The caller sends a signal.
     Kill,
     /// The caller changes its terminal's size.
@@ -63,6 +65,7 @@ impl State {
             (Starting, FinishStart) => Some(Running),
             (Running, Pause) => Some(Paused),
             (Paused, Resume) => Some(Running),
+            (Paused, Adopt) => Some(Created),
             (Running, Exec) => Some(Running),
             (Running | Paused, Join) => Some(self),
             (Created | Starting | Running | Paused, Kill | Resize | Inspect) => Some(self),
@@ -97,6 +100,7 @@ impl fmt::Display for Action {
             Self::Join => "join the PID namespace of",
             Self::Pause => "pause",
             Self::Resume => "resume",
+            Self::Adopt => "adopt",
             Self::Kill => "kill",
             Self::Resize => "resize the terminal of",
             Self::Inspect => "inspect",
@@ -113,7 +117,7 @@ mod tests {
     use super::*;
 
     const STATES: [State; 7] = [Creating, Created, Starting, Running, Paused, Stopped, Deleting];
-    const ACTIONS: [Action; 13] = [
+    const ACTIONS: [Action; 14] = [
         FinishCreate,
         Start,
         FinishStart,
@@ -121,6 +125,7 @@ mod tests {
         Join,
         Pause,
         Resume,
+        Adopt,
         Kill,
         Resize,
         Inspect,
@@ -139,7 +144,7 @@ mod tests {
         assert_eq!(allowed(Created), [Start, Kill, Resize, Inspect, Exit, Delete]);
         assert_eq!(allowed(Starting), [FinishStart, Kill, Resize, Inspect, Exit]);
         assert_eq!(allowed(Running), [Exec, Join, Pause, Kill, Resize, Inspect, Exit]);
-        assert_eq!(allowed(Paused), [Join, Resume, Kill, Resize, Inspect, Exit]);
+        assert_eq!(allowed(Paused), [Join, Resume, Adopt, Kill, Resize, Inspect, Exit]);
         assert_eq!(allowed(Stopped), [Delete]);
         assert_eq!(allowed(Deleting), [AbandonDelete]);
     }
@@ -155,6 +160,18 @@ mod tests {
 
         let expected = [Created, Starting, Running, Running, Paused, Paused, Running, Stopped, Deleting];
         assert_eq!(states.collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn a_suspended_process_starts_again() {
+        let life = [Pause, Adopt, Start, FinishStart];
+
+        let states = life.iter().scan(Running, |state, action| {
+            *state = state.after(*action)?;
+            Some(*state)
+        });
+
+        assert_eq!(states.collect::<Vec<_>>(), [Paused, Created, Starting, Running]);
     }
 
     #[test]

@@ -3,7 +3,8 @@
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use mayu_agent_api::StreamId;
@@ -20,6 +21,7 @@ use ttrpc::asynchronous::transport::Socket;
 
 use crate::error::{Error, Result};
 use crate::streams::{Expected, Streams};
+use crate::sys;
 
 /// How much is copied at once; the size of a pipe.
 const BUFFER_SIZE: usize = 64 * 1024;
@@ -70,6 +72,26 @@ pub struct Copies {
     stdin: Option<JoinHandle<()>>,
     close_stdin: Arc<Notify>,
     outputs: Vec<JoinHandle<()>>,
+    /// What is copied to and from, for as long as it is: the process is to learn that nobody reads its output any more, or that its input
+    /// has ended.
+    sink: Weak<Sender>,
+    stdout: Weak<Source>,
+    stderr: Weak<Source>,
+}
+
+/// The agent's end of an output.
+struct Source {
+    pipe: Receiver,
+    /// Whether something that was read has not been written to its stream yet.
+    carries: AtomicBool,
+}
+
+/// A second descriptor of each of the agent's ends that was still in use, with which they outlive their copies.
+#[derive(Default)]
+pub struct Parked {
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
 }
 
 impl StdioRequest {
@@ -160,18 +182,17 @@ impl ExpectedStdio {
 }
 
 impl ConnectedStdio {
-    /// Starts copying between the streams and the process.
+    /// Starts copying between the streams and the process. A stream that the process has no end for is closed. An end without a stream
+    /// is one too where it is the input's; output is read and thrown away.
     pub fn copy(self, ends: Ends) -> Copies {
         let mut copies = Copies::default();
         if let (Some(socket), Some(sink)) = (self.stdin, ends.stdin) {
-            let close = Arc::clone(&copies.close_stdin);
-            copies.stdin = Some(tokio::spawn(copy_input(socket, sink, close)));
+            let sink = Arc::new(sink);
+            copies.sink = Arc::downgrade(&sink);
+            copies.stdin = Some(tokio::spawn(copy_input(socket, sink, Arc::clone(&copies.close_stdin))));
         }
-        for (socket, source) in [(self.stdout, ends.stdout), (self.stderr, ends.stderr)] {
-            if let (Some(socket), Some(source)) = (socket, source) {
-                copies.outputs.push(tokio::spawn(copy_output(source, socket)));
-            }
-        }
+        copies.stdout = copies.copy_output(self.stdout, ends.stdout);
+        copies.stderr = copies.copy_output(self.stderr, ends.stderr);
         copies
     }
 }
@@ -201,6 +222,53 @@ impl Ends {
 }
 
 impl Copies {
+    fn copy_output(&mut self, socket: Option<Socket>, pipe: Option<Receiver>) -> Weak<Source> {
+        let Some(pipe) = pipe else { return Weak::new() };
+        let source = Arc::new(Source { pipe, carries: AtomicBool::new(false) });
+        let watched = Arc::downgrade(&source);
+        self.outputs.push(tokio::spawn(copy_output(source, socket)));
+        watched
+    }
+
+    /// Whether an output may still carry something.
+    pub fn are_open(&self) -> bool {
+        self.outputs.iter().any(|output| !output.is_finished())
+    }
+
+    /// Whether all that a process has printed, if it prints nothing more, has been written to its streams.
+    ///
+    /// # Errors
+    ///
+    /// `System` where the kernel does not tell.
+    pub fn are_drained(&self) -> Result<bool> {
+        for source in [&self.stdout, &self.stderr].into_iter().filter_map(Weak::upgrade) {
+            // In this order: what is read is carried from before it has left the pipe.
+            let left = sys::readable_bytes(source.pipe.as_fd()).map_err(Error::system("look into a pipe"))?;
+            if left > 0 || source.carries.load(Ordering::SeqCst) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Second descriptors of the process's pipes.
+    ///
+    /// # Errors
+    ///
+    /// `Io` where there are too many.
+    pub fn park(&self) -> Result<Parked> {
+        let duplicate =
+            |end: Option<io::Result<OwnedFd>>| end.transpose().map_err(Error::io("duplicate a pipe"));
+        let output = |source: &Weak<Source>| {
+            duplicate(source.upgrade().map(|source| source.pipe.as_fd().try_clone_to_owned()))
+        };
+        Ok(Parked {
+            stdin: duplicate(self.sink.upgrade().map(|sink| sink.as_fd().try_clone_to_owned()))?,
+            stdout: output(&self.stdout)?,
+            stderr: output(&self.stderr)?,
+        })
+    }
+
     /// Closes the process's standard input once it has got what has arrived so far.
     pub fn close_stdin(&self) {
         self.close_stdin.notify_one();
@@ -225,9 +293,28 @@ impl Drop for Copies {
     }
 }
 
+impl Parked {
+    /// The ends of pipes again.
+    ///
+    /// # Errors
+    ///
+    /// `Io` where they cannot be watched.
+    pub fn into_ends(self) -> Result<Ends> {
+        let source = |end: Option<OwnedFd>| end.map(Receiver::from_owned_fd).transpose();
+        let ends = || -> io::Result<Ends> {
+            Ok(Ends {
+                stdin: self.stdin.map(Sender::from_owned_fd).transpose()?,
+                stdout: source(self.stdout)?,
+                stderr: source(self.stderr)?,
+            })
+        };
+        ends().map_err(Error::io("watch a pipe"))
+    }
+}
+
 /// Copies until the shim ends its stream or nobody reads any more; or, once `close` is notified, until all has
 /// been copied that had arrived.
-async fn copy_input(mut socket: Socket, mut sink: Sender, close: Arc<Notify>) {
+async fn copy_input(mut socket: Socket, sink: Arc<Sender>, close: Arc<Notify>) {
     let mut buffer = Vec::with_capacity(BUFFER_SIZE);
     let mut closing = false;
     loop {
@@ -245,23 +332,39 @@ async fn copy_input(mut socket: Socket, mut sink: Sender, close: Arc<Notify>) {
                 }
             }
         };
-        if !matches!(read, Ok(1..)) || sink.write_all(&buffer).await.is_err() {
+        if !matches!(read, Ok(1..)) || write_all(&sink, &buffer).await.is_err() {
             return;
         }
     }
 }
 
-/// Copies until every writer has closed its end, then tells the shim so.
-async fn copy_output(source: Receiver, mut socket: Socket) {
-    while source.readable().await.is_ok() {
+/// A shared pipe has no `AsyncWrite`.
+async fn write_all(sink: &Sender, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        sink.writable().await?;
+        match sink.try_write(bytes) {
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Copies until every writer has closed its end, then tells the shim so. Without a stream what is read is thrown away.
+async fn copy_output(source: Arc<Source>, mut socket: Option<Socket>) {
+    while source.pipe.readable().await.is_ok() {
+        source.carries.store(true, Ordering::SeqCst);
         // Held only while there is something to copy: most streams are silent most of the time.
         let mut buffer = Vec::with_capacity(BUFFER_SIZE);
         loop {
             buffer.clear();
-            match source.try_read_buf(&mut buffer) {
+            match source.pipe.try_read_buf(&mut buffer) {
                 Ok(0) => return finish_output(socket).await,
                 Ok(_) => {
-                    if socket.write_all(&buffer).await.is_err() {
+                    if let Some(socket) = &mut socket
+                        && socket.write_all(&buffer).await.is_err()
+                    {
                         return;
                     }
                 }
@@ -270,12 +373,15 @@ async fn copy_output(source: Receiver, mut socket: Socket) {
                 Err(_) => return finish_output(socket).await,
             }
         }
+        source.carries.store(false, Ordering::SeqCst);
     }
 }
 
-async fn finish_output(mut socket: Socket) {
-    // The shim may have gone first.
-    let _ = socket.shutdown().await;
+async fn finish_output(socket: Option<Socket>) {
+    if let Some(mut socket) = socket {
+        // The shim may have gone first.
+        let _ = socket.shutdown().await;
+    }
 }
 
 fn owned_pipe((uid, gid): (u32, u32)) -> Result<(OwnedFd, OwnedFd)> {

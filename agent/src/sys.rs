@@ -136,6 +136,18 @@ pub fn resize_terminal(terminal: BorrowedFd<'_>, columns: u16, rows: u16) -> Res
     Errno::result(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) }).map(drop)
 }
 
+/// How many bytes can be read from a pipe or a terminal at once.
+///
+/// # Errors
+///
+/// ENOTTY where that cannot be told.
+pub fn readable_bytes(descriptor: BorrowedFd<'_>) -> Result<c_int, Errno> {
+    let mut count: c_int = 0;
+    // SAFETY: the kernel writes one int.
+    Errno::result(unsafe { libc::ioctl(descriptor.as_raw_fd(), libc::FIONREAD, &raw mut count) })?;
+    Ok(count)
+}
+
 /// Opens the other end of the pty master `terminal`, whatever mount namespace its devpts is in.
 ///
 /// # Errors

@@ -1,7 +1,6 @@
 //! containerd's Task service (`containerd.task.v3.Task`): what its requests mean for the containers here.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,6 +15,8 @@ use containerd_shim_protos::api::{
     WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::Task;
+use mayu_agent_api::ADOPT;
+use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
@@ -63,7 +64,12 @@ impl Containers {
         self.table().values().cloned().collect()
     }
 
-    fn get(&self, id: &str) -> Result<Arc<Container>> {
+    /// The container of this id.
+    ///
+    /// # Errors
+    ///
+    /// `NoContainer`.
+    pub fn get(&self, id: &str) -> Result<Arc<Container>> {
         self.table().get(id).cloned().ok_or_else(|| Error::NoContainer(id.to_owned()))
     }
 
@@ -74,29 +80,30 @@ impl Containers {
     async fn create(&self, request: CreateTaskRequest) -> Result<Arc<Container>> {
         check_id(&request.id)?;
         let mut spec = spec::read_spec(request.options.as_ref())?;
-        block_devices::translate(&mut spec, Path::new(block_devices::DISKS)).await?;
-        if let Some(shared) = pid_namespace::shared(&spec)? {
-            pid_namespace::join(&mut spec, self.pid_namespace(shared).await?);
-        }
-        let plan = spec::adapt_spec(&mut spec, &request.id, request.terminal)?;
         let stdio = StdioRequest {
             terminal: request.terminal,
             stdin: request.stdin,
             stdout: request.stdout,
             stderr: request.stderr,
         };
+        if let Some(suspended) = spec::annotation(&spec, ADOPT) {
+            return self.adopt(suspended, request.id, stdio, &spec);
+        }
+        block_devices::translate(&mut spec, Path::new(block_devices::DISKS)).await?;
+        if let Some(shared) = pid_namespace::shared(&spec)? {
+            pid_namespace::join(&mut spec, self.pid_namespace(shared).await?);
+        }
+        let plan = spec::adapt_spec(&mut spec, &request.id, request.terminal)?;
         let container = {
             let mut table = self.table();
             if table.len() >= MAX_CONTAINERS {
                 return Err(Error::TooMany { what: "containers", limit: MAX_CONTAINERS });
             }
-            match table.entry(request.id) {
-                Entry::Occupied(taken) => return Err(Error::ContainerExists(taken.key().clone())),
-                Entry::Vacant(vacant) => {
-                    let container = Container::new(Arc::clone(&self.runtime), vacant.key(), stdio, plan)?;
-                    Arc::clone(vacant.insert(Arc::new(container)))
-                }
+            if is_taken(&table, &request.id) {
+                return Err(Error::ContainerExists(request.id));
             }
+            let container = Container::new(Arc::clone(&self.runtime), &request.id, stdio, plan)?;
+            Arc::clone(table.entry(request.id).insert_entry(Arc::new(container)).get())
         };
         match container.set_up(spec).await {
             Ok(()) => Ok(container),
@@ -105,6 +112,19 @@ impl Containers {
                 Err(error)
             }
         }
+    }
+
+    /// Makes the suspended container the one of `id`.
+    fn adopt(&self, suspended: &str, id: String, stdio: StdioRequest, spec: &Spec) -> Result<Arc<Container>> {
+        let mut table = self.table();
+        if id != suspended && is_taken(&table, &id) {
+            return Err(Error::ContainerExists(id));
+        }
+        let known = table.get(suspended).ok_or_else(|| Error::NoContainer(suspended.to_owned()))?;
+        let container = known.adopt(&id, stdio, spec)?;
+        table.remove(suspended);
+        table.insert(id, Arc::clone(&container));
+        Ok(container)
     }
 
     async fn pid_namespace(&self, shared: Shared) -> Result<PathBuf> {
@@ -134,6 +154,11 @@ impl Containers {
     fn table(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether `id` is a container's, or was when its cgroup and its files got their name from it.
+fn is_taken(table: &HashMap<String, Arc<Container>>, id: &str) -> bool {
+    table.contains_key(id) || table.values().any(|container| container.name() == id)
 }
 
 impl TaskService {
@@ -307,7 +332,7 @@ impl Task for TaskService {
 
 /// Carries `operation` through to its end even if the caller gives up: ttrpc drops the handler of a call
 /// whose time is over, and half a container must not be left behind.
-async fn complete<T: Send + 'static>(
+pub async fn complete<T: Send + 'static>(
     operation: impl Future<Output = Result<T>> + Send + 'static,
 ) -> ttrpc::Result<T> {
     match tokio::spawn(operation).await {

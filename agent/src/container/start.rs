@@ -58,7 +58,7 @@ impl Container {
         Ok(())
     }
 
-    fn set_console_size(&self, process: &Process, plan: &ProcessPlan) {
+    pub(super) fn set_console_size(&self, process: &Process, plan: &ProcessPlan) {
         if let Some((columns, rows)) = plan.console_size.filter(|_| process.stdio().terminal)
             && let Err(error) = process.resize(columns, rows)
         {
@@ -75,7 +75,10 @@ impl Container {
         for (key, value) in &self.plan.network_sysctls {
             sysctl::set(key, value)?;
         }
-        let bundle = self.runtime.bundle(&self.id);
+        if self.plan.warm {
+            self.mount_root(&mut spec)?;
+        }
+        let bundle = self.runtime.bundle(&self.name);
         fs::create_dir_all(&bundle).map_err(Error::file("create", &bundle))?;
         write_json(bundle.join("config.json"), &spec)?;
         if let Some(seccomp) = &self.plan.seccomp {
@@ -95,6 +98,16 @@ impl Container {
         self.launch(&self.init, &self.plan.process, ProcessKind::Init { bundle }, &work, descriptors).await
     }
 
+    /// Has the container's changes stay in the guest's memory.
+    fn mount_root(&self, spec: &mut Spec) -> Result<()> {
+        let Some(lower) = spec.root_mut() else { return Ok(()) };
+        let root = self.runtime.root(&self.name);
+        root.mount(lower.path())?;
+        root.write_environment(&self.plan.environment, self.plan.process.user)?;
+        lower.set_path(root.path());
+        Ok(())
+    }
+
     /// Runs the init's or an exec's program and returns the pid.
     ///
     /// # Errors
@@ -103,7 +116,11 @@ impl Container {
     pub async fn start(self: &Arc<Self>, exec_id: &str) -> Result<u32> {
         if exec_id.is_empty() {
             self.init.advance(Action::Start)?;
-            let started = self.start_init().await;
+            let adoption = self.inner().adoption.take();
+            let started = match adoption {
+                Some(adoption) => self.start_adopted(adoption).await,
+                None => self.start_init().await,
+            };
             if started.is_err() {
                 // It waits for a start that will not come.
                 let _ = self.init.kill(libc::SIGKILL, &self.runtime.reaper);
@@ -137,7 +154,7 @@ impl Container {
 
         // libcontainer's init waits for a connection to this socket. The path is short enough for one: an id
         // has 76 characters at most.
-        let socket = self.runtime.state_directory().join(&self.id).join(NOTIFY_FILE);
+        let socket = self.runtime.state_directory().join(&self.name).join(NOTIFY_FILE);
         UnixStream::connect(&socket)
             .and_then(|mut stream| stream.write_all(b"start container"))
             .map_err(Error::file("connect to", &socket))?;
@@ -157,18 +174,25 @@ impl Container {
     async fn start_exec(self: &Arc<Self>, exec: &Exec) -> Result<()> {
         let process = &exec.process;
         let connected = process.connect(self.runtime.stream_deadline).await?;
-        let (ends, descriptors) = pipes(process, exec.plan.user)?;
-        let work = WorkDirectory::create(self.runtime.fresh_path())?;
-        let file = work.path.join("process.json");
-        write_json(file.clone(), exec.spec.as_ref())?;
-        let kind = ProcessKind::Exec { process: file, sub_cgroup: self.init_cgroup() };
-        let launched = self.launch(process, &exec.plan, kind, &work, descriptors).await?;
+        let (launched, ends) = self.launch_exec(exec).await?;
         process.launched(launched.pid, launched.terminal);
         self.watch_exit(Arc::clone(process), launched.exit);
         let ends = if process.stdio().terminal { process.terminal_ends()? } else { ends };
         process.copy(connected, ends);
         self.set_console_size(process, &exec.plan);
         Ok(())
+    }
+
+    /// Runs the program of `exec`; the ends of its pipes come with it.
+    pub(super) async fn launch_exec(&self, exec: &Exec) -> Result<(Launched, Ends)> {
+        let process = &exec.process;
+        let (ends, descriptors) = pipes(process, exec.plan.user)?;
+        let work = WorkDirectory::create(self.runtime.fresh_path())?;
+        let file = work.path.join("process.json");
+        write_json(file.clone(), exec.spec.as_ref())?;
+        let kind = ProcessKind::Exec { process: file, sub_cgroup: self.init_cgroup() };
+        let launched = self.launch(process, &exec.plan, kind, &work, descriptors).await?;
+        Ok((launched, ends))
     }
 
     async fn launch(
@@ -180,12 +204,12 @@ impl Container {
         descriptors: Vec<OwnedFd>,
     ) -> Result<Launched> {
         let request = Request {
-            id: self.id.clone(),
+            id: self.name.clone(),
             state_directory: self.runtime.state_directory(),
             work_directory: work.path.clone(),
             terminal: process.stdio().terminal,
             user: plan.user,
-            seccomp: self.plan.seccomp.as_ref().map(|_| self.runtime.bundle(&self.id).join(SECCOMP_FILE)),
+            seccomp: self.plan.seccomp.as_ref().map(|_| self.runtime.bundle(&self.name).join(SECCOMP_FILE)),
             capabilities: plan.capabilities.clone(),
             process: kind,
         };
@@ -196,6 +220,10 @@ impl Container {
             Err(Error::Launch(reason)) if all_oom_kills() > oom_kills => {
                 Err(Error::Launch(format!("out of memory: is the memory limit too low? {reason}")))
             }
+            // The launcher knows the container by its name only.
+            Err(Error::LaunchDeadline { seconds, .. }) => {
+                Err(Error::LaunchDeadline { process: process.to_string(), seconds })
+            }
             launched => launched,
         }
     }
@@ -204,7 +232,7 @@ impl Container {
     /// for its children takes no processes.
     fn init_cgroup(&self) -> Option<String> {
         let text = fs::read_to_string(format!("/proc/{}/cgroup", self.init.pid())).ok()?;
-        let own = Cgroup::spec_path(&self.id);
+        let own = Cgroup::spec_path(&self.name);
         // cgroups(7): "0::/path".
         let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
         let below = path.strip_prefix(own.to_str()?)?.trim_start_matches('/');

@@ -16,7 +16,7 @@ impl Container {
     pub(super) fn watch_exit(self: &Arc<Self>, process: Arc<Process>, exit: oneshot::Receiver<Exit>) {
         let container = Arc::clone(self);
         tokio::spawn(async move {
-            // The reaper never drops what it watches.
+            // The reaper drops no watch, but the container may have been adopted.
             let Ok(exit) = exit.await else { return };
             if process.exec_id().is_empty() && !container.plan.own_pid_namespace {
                 // Nobody else ends what the init leaves behind.

@@ -1,4 +1,6 @@
-//! An agent in this process, a client of its services, and a root file system with busybox.
+//! An agent in this process, a client of its services, and a root file system with busybox. Each program of tests uses a part of it.
+
+#![allow(dead_code)]
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -18,7 +20,7 @@ use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim_async::TaskClient;
 use mayu_agent::server::{self, Listeners, Options};
 use mayu_agent_api::sandbox::{
-    CreateVolumeRequest, Event, EventsRequest, HealthRequest, HealthResponse, event,
+    CreateVolumeRequest, Event, EventsRequest, HealthRequest, HealthResponse, SuspendRequest, event,
 };
 use mayu_agent_api::sandbox_ttrpc::SandboxClient;
 use mayu_agent_api::{PROCESS_TYPE_URL, SPEC_TYPE_URL, StreamId};
@@ -172,6 +174,7 @@ impl Agent {
             program,
             launch_deadline: Duration::from_secs(120),
             stream_deadline: Duration::from_secs(2),
+            settle_time: Duration::from_millis(10),
             run_directory: directory.path().join("run"),
             volume_directory: directory.path().join("volumes"),
         };
@@ -245,7 +248,8 @@ impl Agent {
         assert_eq!(entries(self.path("run/bundles")), Vec::<PathBuf>::new());
         assert_eq!(entries(self.path("run/state")), Vec::<PathBuf>::new());
         let files = fs::read_dir(self.path("run")).unwrap().flatten().map(|entry| entry.file_name());
-        let mut files: Vec<_> = files.collect();
+        assert_eq!(entries(self.path("run/roots")), Vec::<PathBuf>::new());
+        let mut files: Vec<_> = files.filter(|name| name != "roots").collect();
         files.sort();
         assert_eq!(files, ["bundles", "state"]);
         self.events.all.borrow_mut().clear();
@@ -324,6 +328,14 @@ impl Agent {
     pub async fn create_unconnected(&self, id: &str, spec: Value) {
         let (_, request) = self.create_request(id, spec, false);
         self.task.create(forever(), &request).await.unwrap();
+    }
+
+    /// Creates a container that has a standard error alone.
+    pub async fn create_with_errors_only(&self, id: &str, spec: Value) -> UnixStream {
+        let ([.., stderr], mut request) = self.create_request(id, spec, false);
+        request.stdout = String::new();
+        self.task.create(forever(), &request).await.unwrap();
+        self.connect(stderr).await
     }
 
     pub async fn create_terminal(&self, id: &str, spec: Value) -> Terminal {
@@ -421,6 +433,22 @@ impl Agent {
 
     pub async fn resume(&self, id: &str) -> Result<()> {
         self.task.resume(forever(), &ResumeRequest { id: id.into(), ..Default::default() }).await.map(drop)
+    }
+
+    /// Suspends all containers once there is a listener on `port` and the file `path` in container `id`.
+    pub async fn suspend_when(&self, id: &str, port: u32, path: &str, wait_ms: u32) -> Result<()> {
+        let request = SuspendRequest {
+            container_id: id.into(),
+            port,
+            path: path.into(),
+            wait_ms,
+            ..SuspendRequest::default()
+        };
+        self.sandbox.suspend(forever(), &request).await.map(drop)
+    }
+
+    pub async fn suspend(&self, id: &str) -> Result<()> {
+        self.suspend_when(id, 0, "", 0).await
     }
 
     pub async fn resize(&self, id: &str, exec_id: &str, width: u32, height: u32) -> Result<()> {
@@ -534,6 +562,15 @@ impl Process {
 
     pub async fn write(&mut self, bytes: &[u8]) {
         self.stdin.as_mut().unwrap().write_all(bytes).await.unwrap();
+    }
+
+    pub fn close_stdin(&mut self) {
+        self.stdin = None;
+    }
+
+    /// Waits until the agent has closed the standard input.
+    pub async fn stdin_closed(&mut self) {
+        assert_eq!(self.stdin.as_mut().unwrap().read(&mut [0]).await.unwrap(), 0);
     }
 }
 
