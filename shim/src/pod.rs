@@ -254,19 +254,26 @@ impl Pod {
             machine: &machine,
         };
         let store = Store::new(config);
-        let start = Likeness::of(parts).map(|likeness| match store.find(&likeness, &self.log) {
-            Some(snapshot) => Ok(Start::From(Box::new(snapshot))),
-            None => store.begin(&likeness).map(|begun| match begun {
-                Ok(making) => Start::ToSave(Box::new(making)),
-                Err(reason) => {
-                    info!(self.log, "the pod starts without a snapshot"; "reason" => reason);
-                    Start::Ordinary
-                }
-            }),
-        });
-        start.unwrap_or_else(|reason| {
-            info!(self.log, "the pod cannot have a snapshot"; "reason" => reason);
-            Ok(Start::Ordinary)
+        let likeness = match Likeness::of(parts) {
+            Ok(likeness) => likeness,
+            Err(reason) => {
+                info!(self.log, "the pod cannot have a snapshot"; "reason" => reason);
+                return Ok(Start::Ordinary);
+            }
+        };
+        if let Some(snapshot) = store.find(&likeness, &self.log) {
+            return Ok(Start::From(Box::new(snapshot)));
+        }
+        if let Some((other, differences)) = store.differences(&likeness) {
+            info!(self.log, "the pod is another one than was saved of its image";
+                "snapshot" => other.name(), "differs_in" => differences.join(" "));
+        }
+        store.begin(&likeness).map(|begun| match begun {
+            Ok(making) => Start::ToSave(Box::new(making)),
+            Err(reason) => {
+                info!(self.log, "the pod starts without a snapshot"; "reason" => reason);
+                Start::Ordinary
+            }
         })
     }
 

@@ -122,11 +122,39 @@ impl Likeness {
         })
     }
 
+    /// In what a pod is another one, by JSON pointers (RFC 6901). What it says there stays unsaid: it may be a secret.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        let mut found = Vec::new();
+        if let (Ok(ours), Ok(theirs)) = (serde_json::to_value(self), serde_json::to_value(other)) {
+            collect_differences(&ours, &theirs, String::new(), &mut found);
+        }
+        found
+    }
+
     /// A file name that no other has.
     pub fn name(&self) -> String {
         // All maps are ordered, so that the same is always written in the same way. It is made of what JSON can say.
         let text = serde_json::to_vec(self).unwrap_or_default();
         hex(&Sha256::digest(text))[..32].into()
+    }
+}
+
+fn collect_differences(ours: &Value, theirs: &Value, at: String, found: &mut Vec<String>) {
+    match (ours, theirs) {
+        (Value::Object(ours), Value::Object(theirs)) => {
+            let names: BTreeSet<_> = ours.keys().chain(theirs.keys()).collect();
+            for name in names {
+                let [ours, theirs] = [ours, theirs].map(|all| all.get(name).unwrap_or(&Value::Null));
+                collect_differences(ours, theirs, format!("{at}/{name}"), found);
+            }
+        }
+        (Value::Array(ours), Value::Array(theirs)) if ours.len() == theirs.len() => {
+            for (index, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
+                collect_differences(ours, theirs, format!("{at}/{index}"), found);
+            }
+        }
+        _ if ours != theirs => found.push(at),
+        _ => {}
     }
 }
 
@@ -178,6 +206,11 @@ fn strip(spec: &mut Value) {
         if let Some(parent) = spec.pointer_mut(parent).and_then(Value::as_object_mut) {
             parent.remove(name);
         }
+    }
+    // Sets, which come in any order.
+    let capabilities = spec.pointer_mut("/process/capabilities").and_then(Value::as_object_mut);
+    for set in capabilities.into_iter().flat_map(|sets| sets.values_mut()).filter_map(Value::as_array_mut) {
+        set.sort_by(|one, other| one.as_str().cmp(&other.as_str()));
     }
     let namespaces = spec.pointer_mut("/linux/namespaces").and_then(Value::as_array_mut);
     for namespace in namespaces.into_iter().flatten() {

@@ -111,6 +111,14 @@ impl Store {
         Some(snapshot)
     }
 
+    /// In what a pod is not like the newest one of its image, if there is one.
+    pub fn differences(&self, likeness: &Likeness) -> Option<(Snapshot, Vec<String>)> {
+        let of_image = |snapshot: &Snapshot| snapshot.description.likeness.image == likeness.image;
+        let newest = self.list().ok()?.into_iter().rev().find(of_image)?;
+        let differences = likeness.differences(&newest.description.likeness);
+        Some((newest, differences))
+    }
+
     /// Begins to make one, if nobody else does, and nobody has failed lately. The memory is of this many MiB.
     ///
     /// # Errors

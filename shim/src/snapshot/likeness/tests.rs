@@ -133,7 +133,10 @@ fn function(number: u32) -> Function {
         wish: Wish { ready: Ready::Port(80), hook: None, may_differ: vec!["POD_IP".into()] },
         spec: json!({
             "ociVersion": "1.1.0",
-            "process": {"cwd": "/", "args": ["serve"], "env": ["MODE=fast"], "user": {"uid": 0, "gid": 0}},
+            "process": {
+                "cwd": "/", "args": ["serve"], "env": ["MODE=fast"], "user": {"uid": 0, "gid": 0},
+                "capabilities": {"bounding": ["CAP_CHOWN", "CAP_KILL", "CAP_SETGID", "CAP_SETUID", "CAP_MKNOD"]},
+            },
             "root": {"path": "rootfs"},
             "mounts": [{"destination": "/data", "type": "bind", "source": "/srv/data", "options": ["rbind"]}],
             "linux": {},
@@ -181,11 +184,26 @@ fn what_a_container_can_have_read_makes_another_one() {
         ("value", changed("/process/env/0", json!("MODE=slow"))),
         ("argument", changed("/process/args/0", json!("other"))),
         ("user", changed("/process/user/uid", json!(1000))),
+        ("capability", changed("/process/capabilities/bounding/0", json!("CAP_SYS_ADMIN"))),
         ("path of the host", changed("/mounts/0/source", json!("/srv/other"))),
         ("place of a mount", changed("/mounts/0/destination", json!("/other"))),
     ] {
         assert_ne!(node.name(&other), first, "{what}");
     }
+}
+
+#[test]
+fn the_difference_is_named_without_its_value() {
+    let node = Node::new();
+    let mut other = function(2);
+    other.spec["process"]["env"] = json!(["MODE=secret", "MORE=1"]);
+    other.spec["process"]["args"] = json!(["serve", "--fast"]);
+    let differences = node
+        .likeness(&Function { key: "other", ..other })
+        .unwrap()
+        .differences(&node.likeness(&function(1)).unwrap());
+    let expected = ["/environment/MODE", "/environment/MORE", "/spec/mounts/1/content", "/spec/process/args"];
+    assert_eq!(differences, expected);
 }
 
 #[test]
