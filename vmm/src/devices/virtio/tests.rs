@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use virtio_bindings::virtio_mmio::*;
 use vm_memory::GuestAddress;
 
+use super::VirtioDevice;
 use super::balloon::Balloon;
 use super::block::Block;
 use super::fs::Fs;
@@ -28,8 +29,13 @@ const STORM: u32 = 10_000;
 
 /// A device with a driver that has started it, and what a test has to know of it.
 struct Subject {
-    name: &'static str,
     driver: Driver,
+    device: Device,
+}
+
+/// What a test has to know of a device.
+struct Device {
+    name: &'static str,
     /// Queues whose chains the device uses as soon as it gets them, whatever they hold.
     answered: &'static [u16],
     good: Good,
@@ -46,70 +52,51 @@ struct Good {
     answer: u32,
 }
 
+/// Makes a device.
+type Make = fn() -> (Box<dyn VirtioDevice>, Device);
+
 /// Every device there is.
+const EVERY: [Make; 7] = [balloon, block, fs, mem, net, rng, vsock];
+
 fn subjects() -> Vec<Subject> {
-    let mut subjects = vec![balloon(), block(), fs(), mem(), net(), rng(), vsock()];
-    for subject in &mut subjects {
-        subject.driver.start(0);
-        subject.assert_works();
-    }
-    subjects
+    EVERY.into_iter().map(Subject::started).collect()
 }
 
-fn balloon() -> Subject {
+fn balloon() -> (Box<dyn VirtioDevice>, Device) {
     // The number of a page, which the device leaves alone.
     let good = Good { queue: 0, request: vec![0; 4], room: 0, answer: 0 };
-    Subject {
-        name: "balloon",
-        driver: Driver::new(Box::new(Balloon::new().0)),
-        answered: &[0, 1, 2],
-        good,
-        _host: Box::new(()),
-    }
+    (Box::new(Balloon::new().0), Device { name: "balloon", answered: &[0, 1, 2], good, _host: Box::new(()) })
 }
 
-fn block() -> Subject {
+fn block() -> (Box<dyn VirtioDevice>, Device) {
     let file = tempfile::tempfile().unwrap();
     file.set_len(64 * 512).unwrap();
     let (device, slot) = Block::new(Some((file, false))).unwrap();
     // A read of the first sector: sixteen times zero.
     let good = Good { queue: 0, request: vec![0; 16], room: 513, answer: 513 };
-    Subject {
-        name: "block",
-        driver: Driver::new(Box::new(device)),
-        answered: &[0],
-        good,
-        _host: Box::new(slot),
-    }
+    (Box::new(device), Device { name: "block", answered: &[0], good, _host: Box::new(slot) })
 }
 
-fn fs() -> Subject {
+fn fs() -> (Box<dyn VirtioDevice>, Device) {
     let share = TempDir::new().unwrap();
     let device = Fs::new("share", share.path(), &Confinement::none()).unwrap();
     // STATFS of the root.
     let mut request = [40_u32, 17].map(u32::to_le_bytes).concat();
     request.extend([2_u64, 1, 0, 1].map(u64::to_le_bytes).concat());
     let good = Good { queue: 1, request, room: 200, answer: 16 + 80 };
-    let driver = Driver::new(Box::new(device));
-    Subject { name: "fs", driver, answered: &[0, 1], good, _host: Box::new(share) }
+    (Box::new(device), Device { name: "fs", answered: &[0, 1], good, _host: Box::new(share) })
 }
 
-fn mem() -> Subject {
+fn mem() -> (Box<dyn VirtioDevice>, Device) {
     let size = LOW_MEMORY / 2;
     let place = Pluggable { start: GuestAddress(size), size, limit: 4 * BLOCK_SIZE };
     let (device, handle) = Mem::new(place);
     // UNPLUG_ALL.
     let good = Good { queue: 0, request: [vec![2], vec![0; 23]].concat(), room: 10, answer: 10 };
-    Subject {
-        name: "mem",
-        driver: Driver::new(Box::new(device)),
-        answered: &[0],
-        good,
-        _host: Box::new(handle),
-    }
+    (Box::new(device), Device { name: "mem", answered: &[0], good, _host: Box::new(handle) })
 }
 
-fn net() -> Subject {
+fn net() -> (Box<dyn VirtioDevice>, Device) {
     let (ours, theirs) =
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
     fcntl(&theirs, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
@@ -120,27 +107,15 @@ fn net() -> Subject {
     slot.attach_stand_in(File::from(theirs)).unwrap();
     // A header and a frame.
     let good = Good { queue: 1, request: vec![0; 72], room: 0, answer: 0 };
-    Subject {
-        name: "net",
-        driver: Driver::new(Box::new(device)),
-        answered: &[1],
-        good,
-        _host: Box::new(slot),
-    }
+    (Box::new(device), Device { name: "net", answered: &[1], good, _host: Box::new(slot) })
 }
 
-fn rng() -> Subject {
+fn rng() -> (Box<dyn VirtioDevice>, Device) {
     let good = Good { queue: 0, request: vec![], room: 64, answer: 64 };
-    Subject {
-        name: "rng",
-        driver: Driver::new(Box::new(Rng::new())),
-        answered: &[0],
-        good,
-        _host: Box::new(()),
-    }
+    (Box::new(Rng::new()), Device { name: "rng", answered: &[0], good, _host: Box::new(()) })
 }
 
-fn vsock() -> Subject {
+fn vsock() -> (Box<dyn VirtioDevice>, Device) {
     let (device, handle) = Vsock::new(3, vec![], Box::new(|_, _| {})).unwrap();
     // The end of a connection that is not there.
     let mut request = [3_u64, 2].map(u64::to_le_bytes).concat();
@@ -148,18 +123,36 @@ fn vsock() -> Subject {
     request.extend([1_u16, 3].map(u16::to_le_bytes).concat());
     request.extend([0; 12]);
     let good = Good { queue: 1, request, room: 0, answer: 0 };
-    let driver = Driver::new(Box::new(device));
-    Subject { name: "vsock", driver, answered: &[1], good, _host: Box::new(handle) }
+    (Box::new(device), Device { name: "vsock", answered: &[1], good, _host: Box::new(handle) })
 }
 
 impl Subject {
+    fn started(make: Make) -> Self {
+        let (device, known) = make();
+        let mut subject = Self { driver: Driver::new(device), device: known };
+        subject.driver.start(0);
+        subject.assert_works();
+        subject
+    }
+
+    /// Goes on with another device like this one, through a saved state.
+    fn moved(mut self, make: Make) -> Self {
+        self.driver.transport.pause();
+        let state = serde_json::to_string(&self.driver.transport.save().unwrap()).unwrap();
+        let (device, known) = make();
+        let mut driver = self.driver.move_to(device);
+        driver.transport.restore(&serde_json::from_str(&state).unwrap()).unwrap();
+        driver.transport.resume();
+        Self { driver, device: known }
+    }
+
     fn errors(&self) -> u64 {
         self.driver.transport.health().errors()
     }
 
     /// The chain of the good request.
     fn good_chain(&mut self) -> Vec<Descriptor> {
-        let Good { request, room, .. } = &self.good;
+        let Good { request, room, .. } = &self.device.good;
         let (from, to) = (self.driver.alloc_bytes(request), self.driver.alloc(*room));
         let lengths = [request.len(), *room].map(|length| u32::try_from(length).unwrap());
         let chain = [Descriptor::readable(from, lengths[0]), Descriptor::writable(to, lengths[1])];
@@ -169,18 +162,23 @@ impl Subject {
     fn assert_works(&mut self) {
         let before = self.errors();
         let chain = self.good_chain();
-        let queue = self.good.queue;
+        let queue = self.device.good.queue;
         let head = self.driver.queues[usize::from(queue)].add(&chain);
         let used = self.driver.exchange(queue, 1);
-        assert_eq!(used.len(), 1, "{}", self.name);
-        assert_eq!((used[0].head, used[0].length), (u32::from(head), self.good.answer), "{}", self.name);
-        assert_eq!(self.errors(), before, "{}", self.name);
+        assert_eq!(used.len(), 1, "{}", self.device.name);
+        assert_eq!(
+            (used[0].head, used[0].length),
+            (u32::from(head), self.device.good.answer),
+            "{}",
+            self.device.name
+        );
+        assert_eq!(self.errors(), before, "{}", self.device.name);
     }
 
     /// What follows DEVICE_NEEDS_RESET.
     fn assert_works_after_a_reset(&mut self) {
         self.driver.start(0);
-        assert_eq!(self.driver.status(), RUNNING, "{}", self.name);
+        assert_eq!(self.driver.status(), RUNNING, "{}", self.device.name);
         self.assert_works();
     }
 
@@ -221,13 +219,13 @@ impl Subject {
 #[test]
 fn broken_chains_are_given_back_untouched_and_counted() {
     for mut subject in subjects() {
-        for &queue in subject.answered {
+        for &queue in subject.device.answered {
             let size = subject.driver.queues[usize::from(queue)].size;
             for chain in subject.broken_chains(size) {
                 let before = subject.errors();
                 let head = subject.driver.queues[usize::from(queue)].add(&chain);
                 let used = subject.driver.exchange(queue, 1);
-                let what = format!("{} {queue}: {chain:x?}", subject.name);
+                let what = format!("{} {queue}: {chain:x?}", subject.device.name);
                 assert_eq!((used[0].head, used[0].length), (u32::from(head), 0), "{what}");
                 assert_eq!(subject.errors(), before + 1, "{what}");
                 assert_eq!(subject.driver.status(), RUNNING, "{what}");
@@ -240,7 +238,7 @@ fn broken_chains_are_given_back_untouched_and_counted() {
 #[test]
 fn chains_without_end_are_given_back_untouched_and_counted() {
     for mut subject in subjects() {
-        for &queue in subject.answered {
+        for &queue in subject.device.answered {
             let buffer = subject.driver.alloc(64);
             // Each leads to itself, or the second to the first.
             for (length, flags) in [(1, 0), (1, WRITE), (2, 0), (2, WRITE)] {
@@ -251,8 +249,13 @@ fn chains_without_end_are_given_back_untouched_and_counted() {
                 let last = (head + u16::try_from(length).unwrap() - 1) % ring.size;
                 ring.write_descriptor(last, Descriptor { flags: flags | NEXT, next: head, ..descriptor });
                 let used = subject.driver.exchange(queue, 1);
-                assert_eq!((used[0].head, used[0].length), (u32::from(head), 0), "{} {queue}", subject.name);
-                assert_eq!(subject.errors(), before + 1, "{} {queue}", subject.name);
+                assert_eq!(
+                    (used[0].head, used[0].length),
+                    (u32::from(head), 0),
+                    "{} {queue}",
+                    subject.device.name
+                );
+                assert_eq!(subject.errors(), before + 1, "{} {queue}", subject.device.name);
             }
             subject.assert_works();
         }
@@ -263,19 +266,19 @@ fn chains_without_end_are_given_back_untouched_and_counted() {
 fn a_next_beside_an_indirect_table_means_nothing() {
     for mut subject in subjects() {
         let chain = subject.good_chain();
-        let queue = usize::from(subject.good.queue);
+        let queue = usize::from(subject.device.good.queue);
         let size = subject.driver.queues[queue].size;
         let table = subject.driver.alloc_table(&link(&chain, 0, size));
         let table = Descriptor::indirect(table, u32::try_from(chain.len()).unwrap());
         let ring = &mut subject.driver.queues[queue];
         let head = ring.add(&[table]);
         ring.write_descriptor(head, Descriptor { flags: INDIRECT | NEXT, next: size, ..table });
-        let used = subject.driver.exchange(subject.good.queue, 1);
+        let used = subject.driver.exchange(subject.device.good.queue, 1);
         assert_eq!(
             (used[0].head, used[0].length),
-            (u32::from(head), subject.good.answer),
+            (u32::from(head), subject.device.good.answer),
             "{}",
-            subject.name
+            subject.device.name
         );
         subject.assert_works();
     }
@@ -284,14 +287,19 @@ fn a_next_beside_an_indirect_table_means_nothing() {
 #[test]
 fn a_queue_full_of_broken_chains_is_given_back() {
     for mut subject in subjects() {
-        for &queue in subject.answered {
+        for &queue in subject.device.answered {
             let before = subject.errors();
             let size = subject.driver.queues[usize::from(queue)].size;
             for _ in 0..size {
                 subject.driver.queues[usize::from(queue)].add(&[Descriptor::readable(u64::MAX, 1)]);
             }
-            assert_eq!(subject.driver.exchange(queue, size).len(), usize::from(size), "{}", subject.name);
-            assert_eq!(subject.errors(), before + u64::from(size), "{}", subject.name);
+            assert_eq!(
+                subject.driver.exchange(queue, size).len(),
+                usize::from(size),
+                "{}",
+                subject.device.name
+            );
+            assert_eq!(subject.errors(), before + u64::from(size), "{}", subject.device.name);
             subject.assert_works();
         }
     }
@@ -300,7 +308,7 @@ fn a_queue_full_of_broken_chains_is_given_back() {
 #[test]
 fn the_largest_buffers_there_are_cost_no_more_than_small_ones() {
     for mut subject in subjects() {
-        for &queue in subject.answered {
+        for &queue in subject.device.answered {
             // All of low memory to be read, and all behind the queues to be written.
             let room = u32::try_from(LOW_MEMORY - (1 << 20)).unwrap();
             let chain = [
@@ -310,8 +318,8 @@ fn the_largest_buffers_there_are_cost_no_more_than_small_ones() {
             for chain in [&chain[..], &chain[..1], &chain[1..]] {
                 subject.driver.queues[usize::from(queue)].add(chain);
                 let used = subject.driver.exchange(queue, 1);
-                assert!(used[0].length <= room, "{} {queue}: {used:?}", subject.name);
-                assert_eq!(subject.driver.status(), RUNNING, "{} {queue}", subject.name);
+                assert!(used[0].length <= room, "{} {queue}: {used:?}", subject.device.name);
+                assert_eq!(subject.driver.status(), RUNNING, "{} {queue}", subject.device.name);
             }
             subject.assert_works();
         }
@@ -329,7 +337,7 @@ fn an_available_index_that_jumps_needs_a_reset() {
                 subject.driver.queues[number].set_avail_index(jump);
                 subject.driver.kick(queue);
                 // The other queues are looked at when the host has something to say.
-                match subject.answered.contains(&queue) {
+                match subject.device.answered.contains(&queue) {
                     true => subject.driver.run_until_broken(),
                     false => subject.driver.run(),
                 }
@@ -342,12 +350,12 @@ fn an_available_index_that_jumps_needs_a_reset() {
 #[test]
 fn a_head_outside_of_the_table_needs_a_reset() {
     for mut subject in subjects() {
-        for &queue in subject.answered {
+        for &queue in subject.device.answered {
             for head in [subject.driver.queues[usize::from(queue)].size, u16::MAX] {
                 subject.driver.queues[usize::from(queue)].publish(head);
                 subject.driver.kick(queue);
                 subject.driver.run_until_broken();
-                assert_eq!(subject.driver.status(), RUNNING | NEEDS_RESET, "{} {queue}", subject.name);
+                assert_eq!(subject.driver.status(), RUNNING | NEEDS_RESET, "{} {queue}", subject.device.name);
                 subject.assert_works_after_a_reset();
             }
         }
@@ -357,8 +365,8 @@ fn a_head_outside_of_the_table_needs_a_reset() {
 #[test]
 fn a_buffer_over_the_rings_spoils_them_and_no_more() {
     for mut subject in subjects() {
-        for &queue in subject.answered {
-            let good = subject.driver.alloc_bytes(&subject.good.request);
+        for &queue in subject.device.answered {
+            let good = subject.driver.alloc_bytes(&subject.device.good.request);
             let ring = &mut subject.driver.queues[usize::from(queue)];
             let rings = Descriptor::writable(ring.descriptor_table, 0x1_0000);
             ring.add(&[Descriptor::readable(good, 24), rings]);
@@ -392,7 +400,7 @@ fn queues_stay_where_they_were_when_the_driver_began() {
             }
         }
         let writes = u64::try_from(subject.driver.queues.len() * registers.len() * 2).unwrap();
-        assert_eq!(subject.errors(), before + writes, "{}", subject.name);
+        assert_eq!(subject.errors(), before + writes, "{}", subject.device.name);
         subject.assert_works();
     }
 }
@@ -409,14 +417,14 @@ fn a_storm_of_kicks_is_nothing_to_do() {
             }
         }
         subject.driver.run();
-        assert_eq!(subject.errors(), errors, "{}", subject.name);
+        assert_eq!(subject.errors(), errors, "{}", subject.device.name);
         // Between two turns of the event loop, many are one. The entropy device's period may end as well.
         let turns = u64::from((STORM / 1000 + 1) * queues);
-        assert!(subject.driver.events - events <= turns + 1, "{}", subject.name);
+        assert!(subject.driver.events - events <= turns + 1, "{}", subject.device.name);
         for queue in [queues, 0xffff, u32::MAX] {
             subject.driver.write_register(VIRTIO_MMIO_QUEUE_NOTIFY, queue);
         }
-        assert_eq!(subject.errors(), errors + 3, "{}", subject.name);
+        assert_eq!(subject.errors(), errors + 3, "{}", subject.device.name);
         subject.assert_works();
     }
 }
@@ -424,14 +432,14 @@ fn a_storm_of_kicks_is_nothing_to_do() {
 #[test]
 fn a_reset_with_requests_under_way_starts_from_nothing() {
     for mut subject in subjects() {
-        let queue = usize::from(subject.good.queue);
+        let queue = usize::from(subject.device.good.queue);
         let chain = subject.good_chain();
         let size = subject.driver.queues[queue].size;
         for round in 0..20 {
             for _ in 0..usize::from(size) / chain.len() {
                 subject.driver.queues[queue].add(&chain);
             }
-            subject.driver.kick(subject.good.queue);
+            subject.driver.kick(subject.device.good.queue);
             if round % 2 == 0 {
                 subject.driver.run();
             }
@@ -439,8 +447,41 @@ fn a_reset_with_requests_under_way_starts_from_nothing() {
             // From here on the memory is the driver's again.
             subject.driver.start(0);
             subject.driver.run();
-            assert_eq!(subject.driver.queues[queue].used(), [], "{}", subject.name);
+            assert_eq!(subject.driver.queues[queue].used(), [], "{}", subject.device.name);
         }
         subject.assert_works();
+    }
+}
+
+#[test]
+fn a_request_under_way_while_the_machine_is_saved_is_answered_once() {
+    for make in EVERY {
+        // A thread of its own gets now farther and now less far until the device is paused.
+        for _ in 0..20 {
+            let mut subject = Subject::started(make);
+            let number = subject.device.good.queue;
+            let queue = usize::from(number);
+            let chain = subject.good_chain();
+            let fit = subject.driver.queues[queue].size / u16::try_from(chain.len()).unwrap();
+            let add = |driver: &mut Driver, count| {
+                (0..count).map(|_| u32::from(driver.queues[queue].add(&chain))).collect::<Vec<_>>()
+            };
+            let mut added = add(&mut subject.driver, fit / 2);
+            subject.driver.kick(number);
+            subject.driver.run();
+            added.extend(add(&mut subject.driver, fit - fit / 2));
+            subject.driver.kick(number);
+
+            let mut subject = subject.moved(make);
+            subject.driver.run_until(|driver| driver.queues[queue].pending() == fit);
+
+            let mut used = subject.driver.queues[queue].used();
+            assert!(used.iter().all(|used| used.length == subject.device.good.answer), "{used:?}");
+            added.sort_unstable();
+            used.sort_unstable_by_key(|used| used.head);
+            assert_eq!(used.iter().map(|used| used.head).collect::<Vec<_>>(), added);
+            assert_eq!(subject.errors(), 0, "{}", subject.device.name);
+            subject.assert_works();
+        }
     }
 }
