@@ -1,5 +1,6 @@
 //! A guest that wants to break its machine: it is booted in place of a kernel, has the processor for itself, and does to
-//! every virtio device what no driver would. It never ends, and says now and then how far it has come.
+//! every virtio device what no driver would. It never ends, and says now and then how far it has come. With the word `diligent` on its
+//! command line it is the opposite, see there.
 //!
 //! There is no operating system below it and nothing of the standard library. It knows of the machine what the boot
 //! protocol promises, the first GiB mapped to itself, and where virtio-mmio devices are (`vmm/src/arch/x86_64/layout.rs`).
@@ -11,6 +12,8 @@ use core::arch::{asm, global_asm};
 use core::fmt::{self, Write};
 use core::panic::PanicInfo;
 use core::ptr::{read_volatile, write_volatile};
+
+mod diligent;
 
 /// The first device; each has a page.
 const DEVICES: u64 = 0xd000_0000;
@@ -98,8 +101,12 @@ global_asm!(
     main = sym main,
 );
 
-extern "C" fn main() -> ! {
+/// What boots it leaves the address of its parameters in `rsi`, where a second argument is.
+extern "C" fn main(_: u64, parameters: u64) -> ! {
     map();
+    if is_diligent(parameters) {
+        diligent::run();
+    }
     let mut intruder = Intruder { random: Random::new(), rounds: 0 };
     loop {
         if intruder.rounds % 100 == 0 {
@@ -108,6 +115,14 @@ extern "C" fn main() -> ! {
         intruder.attack();
         intruder.rounds += 1;
     }
+}
+
+/// Whether the command line has the word (Documentation/arch/x86/boot.rst, `cmd_line_ptr`).
+fn is_diligent(parameters: u64) -> bool {
+    let line = u64::from(read32(parameters + 0x228));
+    let ends = |at: &u64| read8(*at) == 0;
+    let length = (line..line + 0x1000).position(|at| ends(&at)).unwrap_or(0) as u64;
+    (line..line + length).any(|at| (at..).zip(b"diligent").all(|(at, byte)| read8(at) == *byte))
 }
 
 struct Intruder {
@@ -431,9 +446,14 @@ impl Write for Console {
 #[panic_handler]
 fn panic(_: &PanicInfo<'_>) -> ! {
     loop {
-        // SAFETY: waits; the test sees that there are no more rounds.
-        unsafe { asm!("hlt") };
+        halt();
     }
+}
+
+/// Waits; the test sees that there is no more.
+fn halt() {
+    // SAFETY: stops the processor.
+    unsafe { asm!("hlt") };
 }
 
 /// What the compiler takes for granted.

@@ -9,8 +9,8 @@
 //!     24        the snapshot, in postcard's format (<https://postcard.jamesmunns.com/wire-format>)
 //! ```
 //!
-//! Whoever can write such a file can make the VMM do what the VMM may do, as with its program. The checksum is there to find
-//! damage.
+//! Whoever can write such a file can make the VMM do what the VMM may do in its jail, as the guest that has taken it over. The one that
+//! has saved a machine which has run a pod may be such a VMM. The checksum is there to find damage.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};

@@ -8,12 +8,12 @@ use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mayu_vmm::snapshot::Snapshot;
 use mayu_vmm_api::{ExitReason, Pages, Request, VmConfig, WorkingSet};
 use support::payload::{COUNT, COUNT_FOREVER, RESET, elf, print, wait_for_disk};
-use support::{PATIENCE, Vmm, config, image, memory_file, unable};
+use support::{PATIENCE, Vmm, config, hostile_guest, image, memory_file, unable};
 
 /// What a saved machine consists of.
 struct Saved {
@@ -299,4 +299,72 @@ fn a_machine_that_runs_pods_cannot_be_saved() {
     assert!(refusal.contains("as a template"), "{refusal}");
     let outcome = vmm.request(Request::Restore(config()), &[]);
     assert!(outcome.unwrap_err().contains("built already"));
+}
+
+/// A guest that reads its image and a file and asks for entropy, with requests under way at every moment: `tests/hostile-guest`.
+mod diligent {
+    use super::*;
+
+    const MIB: u32 = 128;
+
+    /// Each word of it is its own offset.
+    fn pattern(length: u64) -> Vec<u8> {
+        (0..length).step_by(8).flat_map(u64::to_le_bytes).collect()
+    }
+
+    fn share() -> tempfile::TempDir {
+        let share = tempfile::tempdir().unwrap();
+        fs::write(share.path().join("data"), pattern(64 * 4096)).unwrap();
+        share
+    }
+
+    /// Waits until every request slot of the guest has got many more answers.
+    fn assert_goes_on(vmm: &Vmm) {
+        let reports = || vmm.console().matches("diligent: ").count();
+        let (before, deadline) = (reports(), Instant::now() + PATIENCE);
+        while reports() < before + 3 {
+            let console = vmm.console();
+            assert!(!console.contains("wrong: ") && Instant::now() < deadline, "{console}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn a_guest_with_requests_under_way_loses_none_where_it_goes_on() {
+        let (Some(guest), false) = (hostile_guest(), unable()) else { return };
+        let config =
+            VmConfig { memory_mib: MIB, max_memory_mib: MIB, kernel_args: "diligent".into(), ..config() };
+        let mut image = tempfile::tempfile().unwrap();
+        image.write_all(&pattern(1024 * 512)).unwrap();
+        let first = share();
+        for _ in 0..5 {
+            let (memory, mut state) = (memory_file(&config), tempfile::tempfile().unwrap());
+            let guest = File::open(&guest).unwrap();
+            let build = Request::BuildTemplate(config.clone());
+            let (mut vmm, outcome) = Vmm::begin(build, [&guest, &image], first.path(), &[memory.as_fd()]);
+            outcome.unwrap();
+            vmm.request(Request::Resume, &[]).unwrap();
+            assert_goes_on(&vmm);
+            vmm.request(Request::Pause, &[]).unwrap();
+            vmm.request(Request::Save, &[state.try_clone().unwrap().into()]).unwrap();
+            vmm.request(Request::Resume, &[]).unwrap();
+            assert_goes_on(&vmm);
+            vmm.request(Request::Shutdown, &[]).unwrap();
+
+            // The file comes after the answer, as a pod's do.
+            let second = tempfile::tempdir().unwrap();
+            state.rewind().unwrap();
+            let extra = [image.as_fd()];
+            let restore = Request::Restore(config.clone());
+            let (mut vmm, outcome) = Vmm::begin(restore, [&state, &memory], second.path(), &extra);
+            outcome.unwrap();
+            let refusal = vmm.request(Request::Resume, &[]).unwrap_err();
+            assert!(refusal.contains(r#""data""#), "{refusal}");
+            fs::copy(first.path().join("data"), second.path().join("data")).unwrap();
+            vmm.request(Request::Resume, &[]).unwrap();
+            assert_goes_on(&vmm);
+            vmm.request(Request::Shutdown, &[]).unwrap();
+            assert_eq!(vmm.exit(), ExitReason::Requested);
+        }
+    }
 }
