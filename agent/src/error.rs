@@ -246,6 +246,9 @@ mod tests {
             (Error::ContainerExists(id()), Code::ALREADY_EXISTS),
             (Error::VolumeExists(id()), Code::ALREADY_EXISTS),
             (wrong, Code::FAILED_PRECONDITION),
+            (Error::Obstacle(id()), Code::FAILED_PRECONDITION),
+            (Error::NotSuspended(id()), Code::FAILED_PRECONDITION),
+            (Error::NotReady { container: id(), milliseconds: 1, condition: id() }, Code::DEADLINE_EXCEEDED),
             (Error::InvalidSpec(id()), Code::INVALID_ARGUMENT),
             (Error::Unsupported("x"), Code::UNIMPLEMENTED),
         ];

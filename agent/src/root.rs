@@ -144,13 +144,18 @@ fn open_below(root: &File, path: &Path, flags: OFlag) -> nix::Result<File> {
     openat2(root, path.as_os_str().as_bytes(), OpenHow::new().flags(flags).resolve(resolve)).map(File::from)
 }
 
-/// Whether `path` exists in the file system below `root`; no link leads out of it.
+/// Whether `path` exists as the process `pid` sees it; no link leads out of its root. For a process that has ended nothing exists.
 ///
 /// # Errors
 ///
 /// What the kernel says other than that it does not exist.
-pub fn exists(root: &Path, path: &str) -> io::Result<bool> {
-    let root = File::from(open(root, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?);
+pub fn exists(pid: u32, path: &str) -> io::Result<bool> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let root = match open(format!("/proc/{pid}/root").as_str(), flags, Mode::empty()) {
+        Ok(root) => File::from(root),
+        Err(Errno::ENOENT) => return Ok(false),
+        Err(errno) => return Err(errno.into()),
+    };
     match open_below(&root, Path::new(path), OFlag::O_PATH | OFlag::O_CLOEXEC) {
         Ok(_) => Ok(true),
         // EAGAIN: a directory was being moved meanwhile.

@@ -514,6 +514,77 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn output_is_drained_when_its_stream_has_all_of_it() {
+        let (ends, [_stdin, stdout, _stderr]) = own(&all());
+        let (connected, [_shim_stdin, mut shim_stdout, _shim_stderr]) = connected();
+        let copies = connected.copy(ends);
+        assert!(copies.are_drained().unwrap());
+
+        // More than the stream holds, until the pipe is full.
+        let stdout = writer(stdout);
+        let mut written = 0;
+        while let Ok(Ok(())) = timeout(Duration::from_millis(50), stdout.writable()).await {
+            written += stdout.try_write(&[7; 4096]).unwrap_or(0);
+        }
+        assert!(!copies.are_drained().unwrap());
+
+        let mut received = 0;
+        while received < written {
+            assert!(copies.are_open());
+            received += shim_stdout.read(&mut [0; 4096]).await.unwrap();
+        }
+        while !copies.are_drained().unwrap() {
+            yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn parked_ends_outlive_the_shims() {
+        let (ends, [stdin, stdout, stderr]) = own(&all());
+        let (first, shim) = connected();
+        let copies = first.copy(ends);
+        let parked = copies.park().unwrap();
+        drop((copies, shim));
+        let (mut stdin, mut stdout) = (reader(stdin), writer(stdout));
+        stdout.write_all(b"before").await.unwrap();
+
+        let (second, [mut shim_stdin, mut shim_stdout, _shim_stderr]) = connected();
+        let _copies = second.copy(parked.into_ends().unwrap());
+
+        let mut received = [0; 6];
+        shim_stdout.read_exact(&mut received).await.unwrap();
+        assert_eq!(&received, b"before");
+        shim_stdin.write_all(b"after").await.unwrap();
+        shim_stdin.shutdown().await.unwrap();
+        let mut text = String::new();
+        stdin.read_to_string(&mut text).await.unwrap();
+        assert_eq!(text, "after");
+        drop(stderr);
+    }
+
+    #[tokio::test]
+    async fn input_that_has_ended_is_not_parked() {
+        let (ends, [stdin, _stdout, _stderr]) = own(&all());
+        let (connected, [shim_stdin, _shim_stdout, _shim_stderr]) = connected();
+        let copies = connected.copy(ends);
+        drop(shim_stdin);
+        reader(stdin).read_to_end(&mut Vec::new()).await.unwrap();
+
+        let parked = copies.park().unwrap();
+
+        assert!(parked.stdin.is_none() && parked.stdout.is_some() && parked.stderr.is_some());
+    }
+
+    #[tokio::test]
+    async fn output_without_a_stream_is_thrown_away() {
+        let (ends, [_stdin, stdout, _stderr]) = own(&all());
+        let _copies = ConnectedStdio::default().copy(ends);
+
+        // More than a pipe holds.
+        writer(stdout).write_all(&vec![7; 1_000_000]).await.unwrap();
+    }
+
+    #[tokio::test]
     async fn a_shim_that_has_gone_lets_the_writer_know() {
         let (ends, [_stdin, stdout, _stderr]) = own(&all());
         let (connected, [_shim_stdin, shim_stdout, _shim_stderr]) = connected();

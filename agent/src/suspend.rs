@@ -1,7 +1,6 @@
 //! Has the pod's containers stand still so that the machine can be saved with them, and go on from there as other containers.
 
 use std::fs;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -171,9 +170,9 @@ impl Readiness {
             return Ok(Some(format!("nobody listens on TCP port {port}")));
         }
         let Some(path) = self.path.clone() else { return Ok(None) };
-        let root = PathBuf::from(format!("/proc/{}/root", container.init().pid()));
+        let pid = container.init().pid();
         let lacking = format!("{path} does not exist");
-        let exists = move || root::exists(&root, &path).map_err(Error::file("look for", path));
+        let exists = move || root::exists(pid, &path).map_err(Error::file("look for", path));
         Ok((!blocking(exists).await?).then_some(lacking))
     }
 }

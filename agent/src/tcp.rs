@@ -60,7 +60,8 @@ impl Socket {
     /// is in TIME_WAIT belongs to no process any more.
     fn leads_out(&self) -> bool {
         let open = !matches!(self.state, TcpState::Listen | TcpState::TimeWait | TcpState::Close);
-        open && !self.remote.ip().is_loopback() && self.local.ip() != self.remote.ip()
+        let [local, remote] = [self.local.ip(), self.remote.ip()];
+        open && !local.is_loopback() && !remote.is_loopback() && local != remote
     }
 }
 
@@ -124,6 +125,7 @@ mod tests {
         for (local, remote) in [
             ("127.0.0.1:80", "127.0.0.1:5000"),
             ("127.0.0.1:80", "127.3.0.1:5000"),
+            ("127.0.0.1:80", "10.0.0.2:5000"),
             ("[::1]:80", "[::1]:5000"),
             ("[::ffff:127.0.0.1]:80", "[::ffff:127.0.0.1]:5000"),
             ("10.0.0.2:80", "10.0.0.2:5000"),

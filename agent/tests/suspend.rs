@@ -5,19 +5,24 @@
 mod support;
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::Path;
 use std::pin::pin;
 use std::process::Command;
 
+use futures::TryStreamExt;
 use mayu_agent_api::{ADOPT, ENVIRONMENT_FILE, HOOK, WARM};
 use serde_json::{Value, json};
 use support::{Agent, Output, Process, code_of, message_of, spec};
 use tokio::io::AsyncReadExt;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use ttrpc::Code;
 
 /// Longer than anything here takes that goes well.
 const LONG_MS: u32 = 120_000;
+/// The index of the loopback interface in every network namespace.
+const LOOPBACK: u32 = 1;
 
 #[test]
 fn suspended_containers() {
@@ -46,6 +51,7 @@ fn suspended_containers() {
             a_container_is_suspended_once_its_file_is_there,
             a_pod_that_does_not_get_ready_goes_on,
             what_cannot_be_saved_is_named,
+            a_connection_with_another_host_is_named,
             a_suspended_container_goes_on_as_another,
             an_adopted_container_is_all_that_one_is,
             an_adopted_terminal_works,
@@ -308,6 +314,50 @@ async fn what_cannot_be_saved_is_named(agent: &Agent) {
 
     agent.suspend("warm").await.unwrap();
     end(agent, "warm", process).await;
+}
+
+async fn a_connection_with_another_host_is_named(agent: &Agent) {
+    let process = start_server(agent, "connected").await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let within = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    agent.suspend("connected").await.unwrap();
+    agent.resume("connected").await.unwrap();
+    drop(within);
+
+    // Two addresses look like two hosts.
+    let [here, there] = [Ipv4Addr::new(192, 0, 2, 1), Ipv4Addr::new(192, 0, 2, 2)];
+    let (connection, netlink, _) = rtnetlink::new_connection().unwrap();
+    let connection = tokio::spawn(connection);
+    for address in [here, there] {
+        netlink.address().add(LOOPBACK, address.into(), 32).execute().await.unwrap();
+    }
+    let listener = TcpListener::bind((there, 0)).await.unwrap();
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind((here, 0).into()).unwrap();
+    let open = socket.connect(listener.local_addr().unwrap()).await.unwrap();
+    let accepted = listener.accept().await.unwrap();
+    let error = agent.suspend("connected").await.unwrap_err();
+    let state = agent.state("connected").await;
+    // A reset leaves nothing of either end.
+    open.set_zero_linger().unwrap();
+    drop((open, accepted));
+    let suspended = agent.suspend("connected").await;
+    let mut addresses = netlink.address().get().set_link_index_filter(LOOPBACK).execute();
+    while let Ok(Some(address)) = addresses.try_next().await {
+        if address.header.prefix_len == 32 {
+            netlink.address().del(address).execute().await.unwrap();
+        }
+    }
+    connection.abort();
+
+    let text = message_of(error);
+    assert!(
+        text.contains("192.0.2.1:") && text.contains("192.0.2.2:") && text.ends_with(" is open"),
+        "{text}"
+    );
+    assert_eq!(state, "RUNNING");
+    suspended.unwrap();
+    end(agent, "connected", process).await;
 }
 
 async fn a_suspended_container_goes_on_as_another(agent: &Agent) {
