@@ -331,6 +331,23 @@ mod tests {
     }
 
     #[test]
+    fn what_can_be_suspended_is_known_by_its_annotation() {
+        let root = tempfile::tempdir().unwrap();
+        let mut document = document(root.path());
+        document["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "uts"}));
+        assert!(!adapt(&document).unwrap().1.warm);
+        for (value, warm) in [("true", true), ("false", false), ("", false)] {
+            document["annotations"] = json!({WARM: value});
+            let (_, plan) = adapt(&document).unwrap();
+            assert_eq!((plan.warm, plan.own_uts_namespace), (warm, true), "{value:?}");
+            // Without what is added for the process.
+            assert_eq!(plan.environment, ["A=1"]);
+        }
+        document["linux"]["namespaces"] = json!([{"type": "uts", "path": "/proc/self/ns/uts"}]);
+        assert!(!adapt(&document).unwrap().1.own_uts_namespace);
+    }
+
+    #[test]
     fn propagation_has_the_names_of_the_runtime_spec() {
         let root = tempfile::tempdir().unwrap();
         for (given, expected) in [("rslave", "slave"), ("rprivate", "private"), ("slave", "slave")] {

@@ -182,8 +182,8 @@ impl ExpectedStdio {
 }
 
 impl ConnectedStdio {
-    /// Starts copying between the streams and the process. A stream that the process has no end for is closed. An end without a stream
-    /// is one too where it is the input's; output is read and thrown away.
+    /// Starts copying between the streams and the process. A stream to which the process has nothing is closed, and so is an input without
+    /// a stream; output without one is read and thrown away.
     pub fn copy(self, ends: Ends) -> Copies {
         let mut copies = Copies::default();
         if let (Some(socket), Some(sink)) = (self.stdin, ends.stdin) {
