@@ -2,20 +2,17 @@
 //! container has written is a part of the machine's state, and what it was made from is never written to.
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, fchown};
-use std::path::{Component, Path, PathBuf};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown, fchown};
+use std::path::{Path, PathBuf};
 
-use mayu_agent_api::ENVIRONMENT_FILE;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::stat::{Mode, mkdirat};
-use nix::unistd::{UnlinkatFlags, unlinkat};
+use nix::sys::stat::Mode;
 
 use crate::error::{Error, Result};
 
@@ -64,17 +61,27 @@ impl Root {
             .map_err(|errno| failed()(errno.into()))
     }
 
-    /// Writes the file of a process's `environment`, for `user` (and group) alone. No link in the file system leads the writing out of it,
-    /// and a file that is there is replaced.
+    /// The file of the environment, to be bound into the container: it sees it there whatever else is mounted, and cannot lead the writing
+    /// anywhere else.
+    pub fn environment(&self) -> PathBuf {
+        self.directory.join("environment.json")
+    }
+
+    /// Writes the file of a process's `environment`, for `user` (and group) alone. Nobody reads it meanwhile: its container has not been
+    /// started, or is frozen.
     ///
     /// # Errors
     ///
     /// `File` with what the kernel refused.
-    pub fn write_environment(&self, environment: &[String], user: (u32, u32)) -> Result<()> {
-        let written = serde_json::to_vec(&variables(environment))
-            .map_err(io::Error::from)
-            .and_then(|text| replace(&self.path(), Path::new(ENVIRONMENT_FILE), &text, user));
-        written.map_err(Error::file("write", ENVIRONMENT_FILE))
+    pub fn write_environment(&self, environment: &[String], (uid, gid): (u32, u32)) -> Result<()> {
+        let path = self.environment();
+        let write = || -> io::Result<()> {
+            let text = serde_json::to_vec(&variables(environment))?;
+            let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+            fchown(&file, Some(uid), Some(gid))?;
+            file.write_all(&text)
+        };
+        write().map_err(Error::file("write", &path))
     }
 
     /// Removes it, with all that was written. Nobody uses it any more.
@@ -107,36 +114,6 @@ fn copy_owner(from: &File, to: &Path) -> io::Result<()> {
 /// The variables by their names; of equal names the last counts, as where a program is executed.
 fn variables(environment: &[String]) -> BTreeMap<&str, &str> {
     environment.iter().filter_map(|entry| entry.split_once('=')).collect()
-}
-
-/// Makes the file `path` below `root` anew.
-fn replace(root: &Path, path: &Path, text: &[u8], (uid, gid): (u32, u32)) -> io::Result<()> {
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let root = File::from(open(root, flags, Mode::empty())?);
-    let mut directory = root.try_clone()?;
-    let mut below = PathBuf::new();
-    let parent = path.parent().into_iter().flat_map(Path::components);
-    for component in parent {
-        let Component::Normal(name) = component else { continue };
-        below.push(name);
-        directory = match open_below(&root, &below, flags) {
-            Err(Errno::ENOENT) => {
-                mkdirat(&directory, name, Mode::from_bits_truncate(0o755))?;
-                open_below(&root, &below, flags)
-            }
-            opened => opened,
-        }?;
-    }
-    let name: &OsStr = path.file_name().ok_or(ErrorKind::InvalidInput)?;
-    match unlinkat(&directory, name, UnlinkatFlags::NoRemoveDir) {
-        Ok(()) | Err(Errno::ENOENT) => {}
-        Err(errno) => return Err(errno.into()),
-    }
-    let create = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let how = OpenHow::new().flags(create).mode(Mode::S_IRUSR | Mode::S_IWUSR);
-    let mut file = File::from(openat2(&directory, name, how.resolve(ResolveFlag::RESOLVE_BENEATH))?);
-    fchown(&file, Some(uid), Some(gid))?;
-    file.write_all(text)
 }
 
 fn open_below(root: &File, path: &Path, flags: OFlag) -> nix::Result<File> {

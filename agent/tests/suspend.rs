@@ -115,6 +115,9 @@ async fn ask(agent: &Agent, id: &str, script: &str) -> String {
 }
 
 async fn a_warm_container_writes_to_memory_alone(agent: &Agent) {
+    // What cannot be created leaves nothing: its name is free, and `assert_clean` looks.
+    let failed = agent.create("warm", warm(&["no-such-program"]), false).await;
+    assert!(message_of(failed.map(drop).unwrap_err()).contains("executable file not found"));
     let lower = agent.path("lower, with: separators\\");
     copy_rootfs(agent, &lower);
     fs::set_permissions(&lower, fs::Permissions::from_mode(0o751)).unwrap();
@@ -128,9 +131,6 @@ async fn a_warm_container_writes_to_memory_alone(agent: &Agent) {
     assert_eq!(output.stdout, "751 7 8\nchanged\n", "{}", output.stderr);
     assert!(fs::read_to_string(lower.join("etc/passwd")).unwrap().starts_with("root:"));
     assert!(lower.join("home/user").exists() && !lower.join("new").exists() && !lower.join("run").exists());
-    // What cannot be created leaves nothing: `assert_clean` looks.
-    let failed = agent.create("warm", warm(&["no-such-program"]), false).await;
-    assert!(message_of(failed.map(drop).unwrap_err()).contains("executable file not found"));
 }
 
 async fn the_environment_is_a_file_that_no_link_leads_astray(agent: &Agent) {
@@ -142,7 +142,6 @@ async fn the_environment_is_a_file_that_no_link_leads_astray(agent: &Agent) {
     // In the container that is /var/run.
     fs::create_dir_all(rootfs.join("var/run/mayu")).unwrap();
     symlink("/var/run", rootfs.join("run")).unwrap();
-    symlink(outside.join("environment.json"), rootfs.join("var/run/mayu/environment.json")).unwrap();
     let script = format!("cat {ENVIRONMENT_FILE}; echo; stat -c '%a %u %g' {ENVIRONMENT_FILE}; touch /x");
     for readonly in [false, true] {
         let mut spec = warm(&["sh", "-c", &script]);
@@ -158,15 +157,34 @@ async fn the_environment_is_a_file_that_no_link_leads_astray(agent: &Agent) {
         );
         assert_eq!(output.stderr.contains("Read-only"), readonly, "{}", output.stderr);
     }
-    assert_eq!(fs::read_to_string(outside.join("environment.json")).unwrap(), "untouched");
-    // A link that leads nowhere in the container is refused, and not followed outside of it.
+    // Links lead nowhere but in the container, and one in its very place is refused.
+    let created = |from: &'static str| async move {
+        let mut spec = warm(&["true"]);
+        spec["root"]["path"] = json!(agent.path("linked"));
+        let created = agent.create("env", spec, false).await;
+        if created.is_ok() {
+            agent.delete("env", "").await.unwrap();
+        }
+        assert_eq!(
+            fs::read_to_string(agent.path("outside/environment.json")).unwrap(),
+            "untouched",
+            "{from}"
+        );
+        created.is_ok()
+    };
+    symlink(outside.join("environment.json"), rootfs.join("var/run/mayu/environment.json")).unwrap();
+    assert!(!created("the file").await);
     fs::remove_file(rootfs.join("run")).unwrap();
     symlink(&outside, rootfs.join("run")).unwrap();
-    let mut spec = warm(&["true"]);
-    spec["root"]["path"] = json!(rootfs);
-    let refused = agent.create("env", spec, false).await.map(drop).unwrap_err();
-    assert!(message_of(refused).contains(ENVIRONMENT_FILE));
+    created("the directory").await;
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 1);
+
+    // What is mounted over its place does not hide it.
+    let mut spec = warm(&["sh", "-c", &script]);
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    mounts.push(json!({"destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]}));
+    let output = agent.run("env", spec, b"").await;
+    assert!(output.stdout.starts_with("{\"NAME\":\"first\""), "{output:?}");
 }
 
 async fn a_suspended_container_stands_still_and_goes_on(agent: &Agent) {

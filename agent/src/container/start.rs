@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use libcontainer::notify_socket::NOTIFY_FILE;
+use mayu_agent_api::ENVIRONMENT_FILE;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Mount, Spec};
 use slog::{debug, warn};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
@@ -98,13 +99,20 @@ impl Container {
         self.launch(&self.init, &self.plan.process, ProcessKind::Init { bundle }, &work, descriptors).await
     }
 
-    /// Has the container's changes stay in the guest's memory.
+    /// Has the container's changes stay in the guest's memory, and gives it the file of its environment.
     fn mount_root(&self, spec: &mut Spec) -> Result<()> {
         let Some(lower) = spec.root_mut() else { return Ok(()) };
         let root = self.runtime.root(&self.name);
         root.mount(lower.path())?;
-        root.write_environment(&self.plan.environment, self.plan.process.user)?;
         lower.set_path(root.path());
+        root.write_environment(&self.plan.environment, self.plan.process.user)?;
+        let mut file = Mount::default();
+        file.set_destination(ENVIRONMENT_FILE.into())
+            .set_typ(Some("bind".into()))
+            .set_source(Some(root.environment()))
+            .set_options(Some(["bind", "ro", "nosuid", "nodev", "noexec"].map(str::to_owned).into()));
+        // The last, for it may lie on another.
+        spec.mounts_mut().get_or_insert_default().push(file);
         Ok(())
     }
 
