@@ -33,6 +33,7 @@ use crate::spec::{self, check_id};
 use crate::state::{Action, State};
 use crate::stats;
 use crate::stdio::StdioRequest;
+use crate::tcp;
 
 /// How many containers there may be at once.
 const MAX_CONTAINERS: usize = 1024;
@@ -87,6 +88,11 @@ impl Containers {
             stderr: request.stderr,
         };
         if let Some(suspended) = spec::annotation(&spec, ADOPT) {
+            if let Some(connection) = blocking(tcp::stale_connection).await? {
+                return Err(Error::Obstacle(format!(
+                    "the connection {connection} was open when the machine was saved"
+                )));
+            }
             return self.adopt(suspended, request.id, stdio, &spec);
         }
         block_devices::translate(&mut spec, Path::new(block_devices::DISKS)).await?;

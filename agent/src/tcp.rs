@@ -1,8 +1,11 @@
 //! Who listens on TCP ports of the guest, and which of its connections lead out of it.
 
+use std::collections::HashSet;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
+use nix::ifaddrs::getifaddrs;
+use nix::sys::socket::SockaddrStorage;
 use procfs::ProcError;
 use procfs::net::{TcpNetEntry, TcpState};
 
@@ -34,6 +37,23 @@ pub fn foreign_connection() -> Result<Option<Socket>> {
     Ok(sockets()?.into_iter().find(Socket::leads_out))
 }
 
+/// The socket of a connection of which no interface has the address any more, if there is one: the guest has become another one since. The
+/// kernel accepts connections for whoever listens, so one may have come at the last moment before the machine was saved.
+///
+/// # Errors
+///
+/// `Sockets` where the kernel's table cannot be read, `System` where it does not tell the addresses.
+pub fn stale_connection() -> Result<Option<Socket>> {
+    let addresses = getifaddrs().map_err(Error::system("list the guest's addresses"))?;
+    let own: HashSet<IpAddr> = addresses.filter_map(|interface| ip(&interface.address?)).collect();
+    Ok(sockets()?.into_iter().find(|socket| socket.is_stale(&own)))
+}
+
+fn ip(address: &SockaddrStorage) -> Option<IpAddr> {
+    let v4 = address.as_sockaddr_in().map(|address| address.ip().into());
+    v4.or_else(|| address.as_sockaddr_in6().map(|address| address.ip().into()))
+}
+
 fn sockets() -> Result<Vec<Socket>> {
     let of_ipv6 = match procfs::net::tcp6() {
         // A kernel without IPv6 has no such file.
@@ -62,6 +82,11 @@ impl Socket {
         let open = !matches!(self.state, TcpState::Listen | TcpState::TimeWait | TcpState::Close);
         let [local, remote] = [self.local.ip(), self.remote.ip()];
         open && !local.is_loopback() && !remote.is_loopback() && local != remote
+    }
+
+    /// A connection with another host that was made when the guest had another address than its `own` ones.
+    fn is_stale(&self, own: &HashSet<IpAddr>) -> bool {
+        self.leads_out() && !own.contains(&self.local.ip())
     }
 }
 
@@ -138,6 +163,18 @@ mod tests {
         {
             assert!(socket(local, remote, TcpState::Established).leads_out(), "{local} {remote}");
         }
+    }
+
+    #[test]
+    fn a_connection_is_stale_where_its_address_is_not_the_guests_any_more() {
+        let own = ["127.0.0.1", "10.0.0.7"].map(|address| address.parse().unwrap()).into();
+        let stale = |local, state| socket(local, "10.0.0.9:5000", state).is_stale(&own);
+        for (local, expected) in
+            [("10.0.0.2:80", true), ("[::ffff:10.0.0.2]:80", true), ("10.0.0.7:80", false)]
+        {
+            assert_eq!(stale(local, TcpState::Established), expected, "{local}");
+        }
+        assert!(!stale("10.0.0.2:80", TcpState::TimeWait));
     }
 
     #[test]

@@ -152,23 +152,18 @@ impl Sandbox {
         self.snapshot.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Whether the machine can be saved, and nobody has begun to.
-    pub fn is_to_be_saved(&self) -> bool {
-        self.making.lock().unwrap_or_else(PoisonError::into_inner).is_some()
-    }
-
     /// Where the machine is to be saved, once.
     pub fn take_making(&self) -> Option<Box<Making>> {
         self.making.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Saves the machine, which stands still meanwhile.
+    /// Saves the machine, which stands still meanwhile. `memory` is the file of its memory, opened to be read.
     ///
     /// # Errors
     /// The VMM's reason why it cannot be saved. It goes on nevertheless, if it can.
-    pub async fn save(&self, state: &File) -> Result<()> {
+    pub async fn save(&self, state: &File, memory: &File) -> Result<()> {
         self.client.request(Request::Pause, &[]).await?;
-        let saved = self.client.request(Request::Save, &[state.as_fd()]).await;
+        let saved = self.client.request(Request::Save, &[state.as_fd(), memory.as_fd()]).await;
         self.client.request(Request::Resume, &[]).await?;
         Ok(saved.map(drop)?)
     }

@@ -211,7 +211,8 @@ impl Control {
             Request::Build(_) | Request::BuildTemplate(_) | Request::Restore(_) => Err(Error::BuiltTwice),
             Request::Resume => machine.resume(),
             Request::Pause => machine.pause(),
-            Request::Save => only(request.name(), fds).and_then(|file| machine.save_with_memory(file.into())),
+            Request::Save => all(request.name(), fds)
+                .and_then(|[state, memory]| machine.save_with_memory(state.into(), &memory.into())),
             Request::VsockConnect { port } => match only(request.name(), fds) {
                 Ok(stream) => {
                     let sender = self.sender.clone();

@@ -133,11 +133,11 @@ impl Machine {
     }
 
     /// Writes everything that the machine is to an empty file, but its memory, which its own file has as it is now. When the machine
-    /// goes on, it leaves that file alone.
+    /// goes on, it leaves that file alone. `memory` is that file, opened to be read.
     ///
     /// # Errors
     /// As [`Machine::save`]; its memory is no file's; or the state cannot be written. The machine can go on.
-    pub fn save_with_memory(&mut self, state: File) -> Result<()> {
+    pub fn save_with_memory(&mut self, state: File, memory: &File) -> Result<()> {
         match self.saving {
             Saving::Never => return Err(Error::NotATemplate),
             Saving::Done => return Err(Error::SavedAlready),
@@ -145,7 +145,7 @@ impl Machine {
         }
         // Also if it fails: then the file may have some of the memory, and lose it when the machine goes on.
         self.saving = Saving::Done;
-        memory::part_from_file(&self.memory.memory())
+        memory::part_from_file(&self.memory.memory(), memory)
     }
 
     /// Reads everything that the machine is, but its memory.

@@ -103,12 +103,13 @@ fn map_all(
 }
 
 /// Parts memory from its file: what the guest has written so far stays in the file, and what it writes from now on does not reach it. Memory
-/// stays at its addresses, where KVM finds it: what KVM has mapped of it is taken from it first (the kernel's MMU notifiers). Legal while
-/// nobody uses the memory.
+/// stays at its addresses, where KVM finds it: what KVM has mapped of it is taken from it first (the kernel's MMU notifiers). `read_only` is
+/// the same file, opened to be read: no descriptor is left by which this process could change it. Legal while nobody uses the memory.
 ///
 /// # Errors
 /// The kernel refuses. Then some of the memory may still be the file's.
-pub fn part_from_file(memory: &GuestMemoryMmap) -> Result<()> {
+pub fn part_from_file(memory: &GuestMemoryMmap, read_only: &File) -> Result<()> {
+    let failed = || Error::PartMemory(io::Error::last_os_error());
     let of_a_file = memory.iter().filter_map(|region| Some((region, region.file_offset()?)));
     for (region, file) in of_a_file {
         let offset = libc::off_t::try_from(file.start())
@@ -122,12 +123,16 @@ pub fn part_from_file(memory: &GuestMemoryMmap) -> Result<()> {
                 region.size(),
                 PROT_READ | PROT_WRITE,
                 MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED,
-                file.file().as_raw_fd(),
+                read_only.as_raw_fd(),
                 offset,
             )
         };
         if mapped == libc::MAP_FAILED {
-            return Err(Error::PartMemory(io::Error::last_os_error()));
+            return Err(failed());
+        }
+        // SAFETY: both are open, and the second stays its owner's: it is the same file, by a descriptor that can do less.
+        if unsafe { libc::dup3(read_only.as_raw_fd(), file.file().as_raw_fd(), libc::O_CLOEXEC) } < 0 {
+            return Err(failed());
         }
     }
     Ok(())
@@ -238,9 +243,10 @@ mod tests {
             eprintln!("SKIPPED: needs a host with more than 3 GiB of memory");
             return;
         }
-        let file = tempfile::tempfile().unwrap();
+        let named = tempfile::NamedTempFile::new().unwrap();
+        let file = named.as_file();
         file.set_len(u64::from(mib) << 20).unwrap();
-        let memory = map(mib, max_mib, Backing::File(&file)).unwrap();
+        let memory = map(mib, max_mib, Backing::File(file)).unwrap();
         let above = pluggable(mib, max_mib).unwrap().start;
         let places =
             [GuestAddress(0x1000), GuestAddress(layout::GAP_START - 8), GuestAddress(layout::GAP_END)];
@@ -251,8 +257,11 @@ mod tests {
         memory.write_obj::<u64>(4, above).unwrap();
         let addresses: Vec<_> = memory.iter().map(|region| region.as_ptr()).collect();
 
-        part_from_file(&memory).unwrap();
+        part_from_file(&memory, &File::open(named.path()).unwrap()).unwrap();
 
+        for region in memory.iter().filter_map(|region| region.file_offset()) {
+            assert!(region.file().write_at(&[1], 0).is_err(), "it can still be written");
+        }
         assert_eq!(memory.iter().map(|region| region.as_ptr()).collect::<Vec<_>>(), addresses);
         assert_eq!(memory.read_obj::<u64>(above).unwrap(), 4);
         for ((number, place), offset) in (1..).zip(places).zip(in_the_file) {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use mayu_vmm::snapshot::Snapshot;
 use mayu_vmm_api::{ExitReason, Pages, Request, VmConfig, WorkingSet};
 use support::payload::{COUNT, COUNT_FOREVER, RESET, elf, print, wait_for_disk};
-use support::{PATIENCE, Vmm, config, hostile_guest, image, memory_file, unable};
+use support::{PATIENCE, Vmm, config, hostile_guest, image, memory_file, read_only, unable};
 
 /// What a saved machine consists of.
 struct Saved {
@@ -50,7 +50,7 @@ impl Saved {
     }
 
     fn save(&self, vmm: &mut Vmm) -> Result<(), String> {
-        vmm.request(Request::Save, &[self.state.reopen().unwrap().into()])
+        vmm.request(Request::Save, &[self.state.reopen().unwrap().into(), read_only(&self.memory).into()])
     }
 
     fn restore(&self, config: VmConfig, share: &Path) -> (Vmm, Result<(), String>) {
@@ -180,7 +180,7 @@ fn an_obstacle_is_named_and_the_machine_goes_on_and_is_saved_without_it() {
     // A state that cannot be written is none.
     let full = File::options().write(true).open("/dev/full").unwrap();
     vmm.request(Request::DetachBlock { slot: 2 }, &[]).unwrap();
-    let refusal = vmm.request(Request::Save, &[full.into()]).unwrap_err();
+    let refusal = vmm.request(Request::Save, &[full.into(), read_only(&saved.memory).into()]).unwrap_err();
     assert!(refusal.contains("cannot write the state"), "{refusal}");
     vmm.request(Request::Resume, &[]).unwrap();
     vmm.request(Request::Pause, &[]).unwrap();
@@ -295,7 +295,8 @@ fn a_machine_that_runs_pods_cannot_be_saved() {
     let (mut vmm, outcome) = Vmm::build(config(), &elf(&COUNT_FOREVER), &image(), share.path());
     outcome.unwrap();
     let state = tempfile::tempfile().unwrap();
-    let refusal = vmm.request(Request::Save, &[state.into()]).unwrap_err();
+    let memory = read_only(&state);
+    let refusal = vmm.request(Request::Save, &[state.into(), memory.into()]).unwrap_err();
     assert!(refusal.contains("as a template"), "{refusal}");
     let outcome = vmm.request(Request::Restore(config()), &[]);
     assert!(outcome.unwrap_err().contains("built already"));
@@ -346,7 +347,8 @@ mod diligent {
             vmm.request(Request::Resume, &[]).unwrap();
             assert_goes_on(&vmm);
             vmm.request(Request::Pause, &[]).unwrap();
-            vmm.request(Request::Save, &[state.try_clone().unwrap().into()]).unwrap();
+            vmm.request(Request::Save, &[state.try_clone().unwrap().into(), read_only(&memory).into()])
+                .unwrap();
             vmm.request(Request::Resume, &[]).unwrap();
             assert_goes_on(&vmm);
             vmm.request(Request::Shutdown, &[]).unwrap();

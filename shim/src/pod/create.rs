@@ -131,7 +131,8 @@ impl Pod {
                     }
                     None => {
                         sandbox.provide(volumes).await?;
-                        if sandbox.is_to_be_saved() {
+                        // Whether or not it is saved: what a container finds is not to depend on that.
+                        if self.decided()?.wish.is_some() {
                             spec::tell_agent(&mut spec, WARM, true.to_string());
                         }
                     }

@@ -30,7 +30,10 @@ pub async fn save(pod: Arc<Pod>, sandbox: Arc<Sandbox>, container: Arc<Container
         return making.fail(&reason, &log);
     }
     let began = Instant::now();
-    let saved = sandbox.save(&making.state).await;
+    let saved = match making.memory_to_read() {
+        Ok(memory) => sandbox.save(&making.state, &memory).await,
+        Err(error) => Err(error),
+    };
     if let Err(error) = go_on(&sandbox, &container).await {
         let reason = format!("its container does not go on after it was saved: {error}");
         making.fail(&reason, &log);

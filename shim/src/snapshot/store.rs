@@ -297,6 +297,15 @@ impl Making {
         &self.name
     }
 
+    /// The guest's memory, opened to be read.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub fn memory_to_read(&self) -> Result<File> {
+        let path = self.store.new_path(&self.name).join("memory");
+        File::open(&path).map_err(file("open", path))
+    }
+
     /// Makes it one that pods can go on from, once the VMM has saved `container`. Writes it to the disk first, which may take a while.
     ///
     /// # Errors

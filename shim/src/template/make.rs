@@ -134,12 +134,13 @@ async fn save(config: &Config, machine: &VmConfig, files: HostFiles, new: &Path,
     let (memory, state) = (create("memory")?, create("state")?);
     memory.set_len(u64::from(machine.memory_mib) << 20).map_err(file("make room in", new.join("memory")))?;
     let origin = Origin::ToSave(memory.try_clone().map_err(file("share", new.join("memory")))?);
-    let of_vmm = state.try_clone().map_err(file("share", new.join("state")))?;
+    let open = |name| File::open(new.join(name)).map_err(file("open", new.join(name)));
+    let (of_vmm, to_read) = (state.try_clone().map_err(file("share", new.join("state")))?, open("memory")?);
     let parts = Parts { machine, files, origin, share: &new.join("share") };
     with_machine(config, parts, log, async |machine, _| {
         wait_for_reports(&machine.client, log).await?;
         machine.client.request(Request::Pause, &[]).await?;
-        Ok(machine.client.request(Request::Save, &[of_vmm.as_fd()]).await?)
+        Ok(machine.client.request(Request::Save, &[of_vmm.as_fd(), to_read.as_fd()]).await?)
     })
     .await?;
     for (saved, name) in [(&memory, "memory"), (&state, "state")] {

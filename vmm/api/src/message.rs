@@ -94,8 +94,9 @@ pub enum Request {
     /// the files. What the guest held of its share is opened again by path when the machine is resumed first: files may come to the
     /// share until then.
     Restore(VmConfig),
-    /// Write the state of a machine that was built to be saved and is paused, all but its memory, to the attached file, which is
-    /// empty. The file of its memory stays as it is from now on, whatever the machine does when it goes on; so it is saved once only.
+    /// Write the state of a machine that was built to be saved and is paused, all but its memory, to the first attached file, which is
+    /// empty. The second one is the file of its memory, opened to be read: that file stays as it is from now on, whatever the machine does
+    /// when it goes on, and the VMM keeps no descriptor by which it could be changed. So a machine is saved once only.
     /// Refused, with the obstacle's name, while memory is plugged in, a block slot is filled, or the guest has a file of its share open that
     /// it may write to or that is not there any more. The machine can go on then, too.
     Save,

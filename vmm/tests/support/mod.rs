@@ -114,6 +114,11 @@ pub fn memory_file(config: &VmConfig) -> File {
     file
 }
 
+/// A file, opened to be read.
+pub fn read_only(file: &File) -> File {
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap()
+}
+
 /// A running `mayu-vmm`, which dies with this value.
 pub struct Vmm {
     process: Child,

@@ -36,7 +36,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "begun": begun, "answers": answers, "now": time.time(), "host": socket.gethostname(),
             "random": secrets.token_hex(16), "model": sum(model[:: 1 << 20]) == model[0] * 32,
             "cache": open("/var/cache/function/warm").read(), "library": library.read(4) == b"\x7fELF",
-            "environment": json.load(open("/run/mayu/environment.json")), "hosts": open("/etc/hosts").read(),
+            "environment": json.load(open("/run/mayu/environment.json")), "file": open("/etc/hostname").read(),
             "hook": os.path.exists("/tmp/hook") and open("/tmp/hook").read(),
         }
         body = json.dumps(answer).encode()
@@ -184,7 +184,7 @@ fn a_pod_goes_on_where_one_like_it_was_saved_and_is_a_pod_of_its_own() {
         assert_eq!(text(&answer, "/host"), name);
         assert_eq!(text(&answer, "/environment/POD"), name);
         assert_eq!(text(&answer, "/environment/HOSTNAME"), name);
-        assert!(text(&answer, "/hosts").contains(&name), "{answer}");
+        assert_eq!(text(&answer, "/file").trim(), name, "a file of the pod's");
         assert!(answer["now"].as_f64() >= before["now"].as_f64(), "{answer}");
         random.push(text(&answer, "/random"));
         let log = other.pod.log("function");
