@@ -22,6 +22,9 @@ use ttrpc::r#async::{Client, Server, TtrpcContext};
 
 use crate::{hostile, stand_in};
 
+/// A part of the configuration with which pods may ask to be saved.
+const ALLOWED: &str = "[annotations]\nallowed = [\"io.mayu.snapshot\", \"io.mayu.snapshot-ready\"]\n[vm]\n";
+
 /// A shim and everything around it. Panics at its end when something is left.
 pub struct Host {
     folder: tempfile::TempDir,
@@ -98,6 +101,17 @@ impl Host {
         self.bundle(id, &["/pause"], &json!({"io.kubernetes.cri.container-type": "sandbox"}))
     }
 
+    /// As [`Host::sandbox`], of a pod that is to be saved when it is ready.
+    pub fn warm_sandbox(&self, id: &str) -> CreateTaskRequest {
+        self.configure("[vm]\n", ALLOWED);
+        let annotations = json!({
+            "io.kubernetes.cri.container-type": "sandbox",
+            "io.mayu.snapshot": "warm",
+            "io.mayu.snapshot-ready": "port:80",
+        });
+        self.bundle(id, &["/pause"], &annotations)
+    }
+
     fn bundle(&self, id: &str, arguments: &[&str], annotations: &serde_json::Value) -> CreateTaskRequest {
         let bundle = self.path(&format!("bundle-{id}"));
         fs::create_dir(&bundle).unwrap();
@@ -125,6 +139,11 @@ impl Host {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         assert!(!mounts.contains(self.folder.path().to_str().unwrap()), "{mounts}");
         assert_eq!(stand_ins(self.folder.path()), Vec::<i32>::new());
+    }
+
+    /// Whether there is a stand-in.
+    pub fn has_vmm(&self) -> bool {
+        !stand_ins(self.folder.path()).is_empty()
     }
 
     /// The stand-in's process.

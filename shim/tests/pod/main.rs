@@ -7,6 +7,7 @@ mod hostile;
 mod policy;
 mod sandbox_api;
 mod stand_in;
+mod warm;
 
 use containerd_shim_protos::api::{
     CloseIORequest, CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, ShutdownRequest,
