@@ -30,7 +30,7 @@ FORCE ?=
 IMAGE ?= mayu-node:latest
 CONTAINERD ?= 1.7 2.1 2.1/sandbox
 E2E ?=
-BENCH ?= start data idle pods requests-2.1 requests-1.7
+BENCH ?= start data idle pods functions requests-2.1 requests-1.7
 FUZZ_SECONDS ?= 60
 TARGET ?=
 

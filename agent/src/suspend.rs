@@ -60,12 +60,14 @@ impl Suspender {
         readiness.wait(&container, request.wait_ms).await?;
         self.check(State::Running).await?;
 
+        self.containers.set_suspended(true);
         let mut paused = Vec::new();
         let stopped = self.stop(&mut paused).await;
         if stopped.is_err() {
             for container in paused {
                 self.undo(&container).await;
             }
+            self.containers.set_suspended(false);
         }
         stopped.map_err(|error| match error {
             // Its code is that of a pod which is not ready yet.

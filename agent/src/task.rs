@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
@@ -20,6 +20,8 @@ use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
+use tokio::sync::watch;
+use tokio::time::timeout;
 use ttrpc::asynchronous::TtrpcContext;
 
 use crate::block_devices;
@@ -38,10 +40,15 @@ use crate::tcp;
 /// How many containers there may be at once.
 const MAX_CONTAINERS: usize = 1024;
 
+/// How long containers may stand still to be saved before a request does not wait for them any more.
+const SUSPENSION: Duration = Duration::from_secs(5);
+
 /// The containers of the pod.
 pub struct Containers {
     runtime: Arc<Runtime>,
     table: Mutex<HashMap<String, Arc<Container>>>,
+    /// All of them stand still to be saved.
+    suspended: watch::Sender<bool>,
 }
 
 /// The Task service.
@@ -52,7 +59,7 @@ pub struct TaskService {
 impl Containers {
     /// No containers yet.
     pub fn new(runtime: Arc<Runtime>) -> Self {
-        Self { runtime, table: Mutex::default() }
+        Self { runtime, table: Mutex::default(), suspended: watch::Sender::new(false) }
     }
 
     /// How many there are.
@@ -76,6 +83,19 @@ impl Containers {
 
     fn process(&self, id: &str, exec_id: &str) -> Result<Arc<Process>> {
         self.get(id)?.process(exec_id)
+    }
+
+    /// Takes note that all of them stand still to be saved, or go on.
+    pub fn set_suspended(&self, suspended: bool) {
+        self.suspended.send_replace(suspended);
+    }
+
+    /// Waits until they go on, where they stand still to be saved: who wants something of them is not to notice. Not for ever, since who has
+    /// them stand still may be gone.
+    async fn going_on(&self) {
+        let mut suspended = self.suspended.subscribe();
+        // Whoever goes on meets them as they are.
+        let _ = timeout(SUSPENSION, suspended.wait_for(|suspended| !suspended)).await;
     }
 
     async fn create(&self, request: CreateTaskRequest) -> Result<Arc<Container>> {
@@ -128,6 +148,7 @@ impl Containers {
         }
         let known = table.get(suspended).ok_or_else(|| Error::NoContainer(suspended.to_owned()))?;
         let container = known.adopt(&id, stdio, spec)?;
+        self.set_suspended(false);
         table.remove(suspended);
         table.insert(id, Arc::clone(&container));
         Ok(container)
@@ -210,6 +231,7 @@ impl Task for TaskService {
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let container = self.containers.get(&request.id)?;
+        self.containers.going_on().await;
         let pid = complete(async move { container.start(&request.exec_id).await }).await?;
         Ok(StartResponse { pid, ..StartResponse::default() })
     }
@@ -245,7 +267,9 @@ impl Task for TaskService {
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
         let container = self.containers.get(&request.id)?;
-        complete(async move { container.resume().await }).await?;
+        let resumed = complete(async move { container.resume().await }).await;
+        self.containers.set_suspended(false);
+        resumed?;
         Ok(Empty::default())
     }
 
@@ -265,6 +289,7 @@ impl Task for TaskService {
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
         check_id(&request.exec_id)?;
         let container = self.containers.get(&request.id)?;
+        self.containers.going_on().await;
         let process = spec::read_process(request.spec.as_ref())?;
         let stdio = StdioRequest {
             terminal: request.terminal,

@@ -47,6 +47,7 @@ fn suspended_containers() {
             a_warm_container_writes_to_memory_alone,
             the_environment_is_a_file_that_no_link_leads_astray,
             a_suspended_container_stands_still_and_goes_on,
+            an_exec_waits_until_its_container_goes_on,
             a_container_is_suspended_once_its_port_is_listened_on,
             a_container_is_suspended_once_its_file_is_there,
             a_pod_that_does_not_get_ready_goes_on,
@@ -225,6 +226,21 @@ async fn a_suspended_container_stands_still_and_goes_on(agent: &Agent) {
     let output = agent.finish("other", "", first).await;
     assert_eq!((output.stdout.as_str(), output.status), ("end\n", 7));
     agent.delete("other", "").await.unwrap();
+}
+
+async fn an_exec_waits_until_its_container_goes_on(agent: &Agent) {
+    let process = start_server(agent, "warm").await;
+    agent.suspend("warm").await.unwrap();
+
+    let asked = async { ask(agent, "warm", "echo here").await };
+    let resumed = async {
+        tokio::task::yield_now().await;
+        agent.resume("warm").await.unwrap();
+    };
+    let (said, ()) = tokio::join!(asked, resumed);
+
+    assert_eq!(said, "here\n");
+    end(agent, "warm", process).await;
 }
 
 async fn a_container_is_suspended_once_its_port_is_listened_on(agent: &Agent) {

@@ -130,8 +130,8 @@ impl Default for Templates {
 pub struct Snapshots {
     /// Where they are.
     pub store: PathBuf,
-    /// How many there may be; the one that was not used for the longest time gives way.
-    pub max_count: usize,
+    /// How much they may take together, in MiB; the one that was not used for the longest time gives way.
+    pub max_mib: u64,
     /// For how long one is used, in seconds.
     pub max_age: u64,
     /// How long a container may take to become ready before it is not saved any more, in seconds.
@@ -146,7 +146,7 @@ impl Default for Snapshots {
     fn default() -> Self {
         Self {
             store: "/var/lib/mayu/snapshots".into(),
-            max_count: 16,
+            max_mib: 16_384,
             max_age: 86_400,
             ready_within: 600,
             across_namespaces: false,

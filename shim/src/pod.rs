@@ -268,7 +268,7 @@ impl Pod {
             info!(self.log, "the pod is another one than was saved of its image";
                 "snapshot" => other.name(), "differs_in" => differences.join(" "));
         }
-        store.begin(&likeness).map(|begun| match begun {
+        store.begin(&likeness, &self.log).map(|begun| match begun {
             Ok(making) => Start::ToSave(Box::new(making)),
             Err(reason) => {
                 info!(self.log, "the pod starts without a snapshot"; "reason" => reason);

@@ -16,7 +16,8 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use slog::{Logger, debug, info, warn};
 
@@ -119,22 +120,26 @@ impl Store {
         Some((newest, differences))
     }
 
-    /// Begins to make one, if nobody else does, and nobody has failed lately. The memory is of this many MiB.
+    /// Begins to make one, if there is room for it, nobody else makes it, and nobody has failed lately. Says otherwise why not.
     ///
     /// # Errors
     /// [`Error::File`].
-    pub fn begin(&self, likeness: &Likeness) -> Result<std::result::Result<Making, String>> {
+    pub fn begin(&self, likeness: &Likeness, log: &Logger) -> Result<std::result::Result<Making, String>> {
         let name = likeness.name();
         if let Some(reason) = self.failure(&name) {
             return Ok(Err(format!("it has failed lately: {reason}")));
         }
         self.clean();
+        let size = u64::from(likeness.machine.memory_mib) << 20;
+        if let Some(reason) = self.make_room(likeness, size, log)? {
+            return Ok(Err(reason));
+        }
         let path = self.new_path(&name);
         DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(file("create", &path))?;
         let lock = File::open(&path).map_err(file("open", &path))?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(Err("another pod is being saved".into())),
+            Err(Errno::WOULDBLOCK) => return Ok(Err("another pod is being saved".into())),
             Err(errno) => return Err(file("lock", path)(errno.into())),
         }
         // Whoever had it locked until now may have finished, and this is another directory by now, or none.
@@ -151,10 +156,12 @@ impl Store {
             options.open(&path).map_err(file("create", path))
         };
         let (memory, state) = (create("memory")?, create("state")?);
-        let size = u64::from(likeness.machine.memory_mib) << 20;
-        memory.set_len(size).map_err(file("make room in", path.join("memory")))?;
-        let likeness = likeness.clone();
-        Ok(Ok(Making { store: self.clone(), name, likeness, memory, state, finished: false, _lock: lock }))
+        let (store, likeness) = (self.clone(), likeness.clone());
+        let making = Making { store, name, likeness, memory, state, finished: false, _lock: lock };
+        Ok(match reserve(&making.memory, size) {
+            Ok(()) => Ok(making),
+            Err(error) => Err(format!("reserve {} MiB for its memory: {error}", size >> 20)),
+        })
     }
 
     /// Takes away what makers have left that were killed, and failures that do not matter any more.
@@ -194,8 +201,9 @@ impl Store {
         let _ = fs::write(self.failed_path(name), reason);
     }
 
-    /// Makes room for one more: takes away what is too old, of another VMM, guest or host, or was not used for the longest time.
-    fn make_room(&self, for_one_of: &Likeness, log: &Logger) -> Result<()> {
+    /// Makes room for one more of so many bytes: takes away what is too old or of another VMM, guest or host, and then what was not used for
+    /// the longest time. Says why there is none, if so.
+    fn make_room(&self, for_one_of: &Likeness, size: u64, log: &Logger) -> Result<Option<String>> {
         let mut all = self.list()?;
         all.retain(|snapshot| {
             let outdated = snapshot.description.likeness.machine.made_of != for_one_of.machine.made_of;
@@ -207,12 +215,24 @@ impl Store {
             !over
         });
         all.sort_by_key(Snapshot::last_used);
-        let too_many = (all.len() + 1).saturating_sub(self.config.max_count.max(1));
-        for snapshot in &all[..too_many] {
+        let mut oldest = all.iter();
+        let most = self.config.max_mib << 20;
+        while self.used() + size > most {
+            let Some(snapshot) = oldest.next() else {
+                let (mib, most) = (size >> 20, self.config.max_mib);
+                return Ok(Some(format!("there is no room for its {mib} MiB: snapshot.max_mib is {most}")));
+            };
             info!(log, "a snapshot gives way to a new one"; "snapshot" => snapshot.name());
             snapshot.take_away(log);
         }
-        Ok(())
+        Ok(None)
+    }
+
+    /// What all of them take, those included that are being made, in bytes.
+    fn used(&self) -> u64 {
+        let entries = fs::read_dir(&self.config.store).into_iter().flatten().flatten();
+        let sizes = entries.filter_map(|entry| fs::metadata(entry.path().join("memory")).ok());
+        sizes.map(|memory| memory.len()).sum()
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -310,8 +330,7 @@ impl Making {
     ///
     /// # Errors
     /// [`Error::File`]; then there is none.
-    pub fn finish(mut self, container: &str, log: &Logger) -> Result<Snapshot> {
-        self.store.make_room(&self.likeness, log)?;
+    pub fn finish(mut self, container: &str) -> Result<Snapshot> {
         let new = self.store.new_path(&self.name);
         for (saved, name) in [(&self.memory, "memory"), (&self.state, "state")] {
             saved.sync_all().map_err(file("write back", new.join(name)))?;
@@ -333,6 +352,15 @@ impl Making {
     pub fn fail(self, reason: &str, log: &Logger) {
         info!(log, "no snapshot is made"; "snapshot" => &self.name, "reason" => reason);
         self.store.note_failure(&self.name, reason);
+    }
+}
+
+/// Has all of a file on the disk. A guest whose memory it is would be ended by the kernel where the file system has no room for a page of it.
+fn reserve(file: &File, size: u64) -> io::Result<()> {
+    match fallocate(file, FallocateFlags::empty(), 0, size) {
+        // There are file systems that reserve nothing.
+        Err(Errno::OPNOTSUPP) => file.set_len(size),
+        reserved => Ok(reserved?),
     }
 }
 
@@ -359,7 +387,7 @@ mod tests {
 
     fn store() -> (tempfile::TempDir, Store) {
         let root = tempfile::tempdir().unwrap();
-        let config = Snapshots { store: root.path().join("snapshots"), max_count: 2, ..Snapshots::default() };
+        let config = Snapshots { store: root.path().join("snapshots"), max_mib: 128, ..Snapshots::default() };
         (root, Store { config })
     }
 
@@ -377,20 +405,24 @@ mod tests {
         }
     }
 
+    fn begin(store: &Store, client: &str) -> std::result::Result<Making, String> {
+        store.begin(&likeness(client), &log()).unwrap()
+    }
+
     fn make(store: &Store, client: &str) -> Snapshot {
-        store.begin(&likeness(client)).unwrap().unwrap().finish("c", &log()).unwrap()
+        begin(store, client).unwrap().finish("c").unwrap()
     }
 
     #[test]
     fn one_is_found_when_it_is_whole() {
         let (_root, store) = store();
         assert!(store.list().unwrap().is_empty());
-        let making = store.begin(&likeness("a")).unwrap().unwrap();
+        let making = begin(&store, "a").unwrap();
         assert_eq!(making.memory.metadata().unwrap().len(), 64 << 20);
         assert!(store.find(&likeness("a"), &log()).is_none());
-        assert!(store.begin(&likeness("a")).unwrap().unwrap_err().contains("another pod"));
+        assert!(begin(&store, "a").unwrap_err().contains("another pod"));
 
-        making.finish("c", &log()).unwrap();
+        making.finish("c").unwrap();
 
         let found = store.find(&likeness("a"), &log()).unwrap();
         assert_eq!(found.description.container, "c");
@@ -401,27 +433,27 @@ mod tests {
     #[test]
     fn one_that_is_given_up_leaves_nothing_and_is_not_tried_again_at_once() {
         let (_root, store) = store();
-        drop(store.begin(&likeness("a")).unwrap().unwrap());
+        drop(begin(&store, "a").unwrap());
         assert_eq!(fs::read_dir(&store.config.store).unwrap().count(), 0);
 
-        store.begin(&likeness("a")).unwrap().unwrap().fail("it is never ready", &log());
-        assert!(store.begin(&likeness("a")).unwrap().unwrap_err().contains("it is never ready"));
+        begin(&store, "a").unwrap().fail("it is never ready", &log());
+        assert!(begin(&store, "a").unwrap_err().contains("it is never ready"));
 
         make(&store, "b").discard(&store.config, &Error::NoSandbox, &log());
         assert!(store.find(&likeness("b"), &log()).is_none());
-        assert!(store.begin(&likeness("b")).unwrap().is_err());
+        assert!(begin(&store, "b").is_err());
         assert!(store.list().unwrap().is_empty());
     }
 
     #[test]
     fn what_a_maker_has_left_that_was_killed_goes_away() {
         let (_root, store) = store();
-        let held = store.begin(&likeness("held")).unwrap().unwrap();
+        let held = begin(&store, "held").unwrap();
         let left = store.new_path("left");
         fs::create_dir(&left).unwrap();
         fs::write(left.join("memory"), "large").unwrap();
 
-        let making = store.begin(&likeness("a")).unwrap().unwrap();
+        let making = begin(&store, "a").unwrap();
 
         assert!(!left.exists());
         assert!(store.new_path(held.name()).exists() && store.new_path(making.name()).exists());
@@ -443,6 +475,22 @@ mod tests {
     }
 
     #[test]
+    fn there_are_no_more_than_there_is_room_for() {
+        let (_root, mut store) = store();
+        let first = begin(&store, "first").unwrap();
+        make(&store, "second");
+        // The one that is being made stays, and the other one gives way.
+        let third = begin(&store, "third").unwrap();
+        assert!(store.find(&likeness("second"), &log()).is_none());
+        assert!(begin(&store, "fourth").unwrap_err().contains("snapshot.max_mib is 128"));
+        drop((first, third));
+        make(&store, "fourth");
+
+        store.config.max_mib = 63;
+        assert!(begin(&store, "fifth").unwrap_err().contains("no room for its 64 MiB"));
+    }
+
+    #[test]
     fn one_that_is_too_old_or_of_another_vmm_goes_away() {
         let (_root, mut store) = store();
         make(&store, "a");
@@ -458,7 +506,7 @@ mod tests {
         make(&store, "a");
         let mut of_another = likeness("b");
         of_another.machine.made_of = [("mayu-vmm".to_owned(), "another".to_owned())].into();
-        store.begin(&of_another).unwrap().unwrap().finish("c", &log()).unwrap();
+        store.begin(&of_another, &log()).unwrap().unwrap().finish("c").unwrap();
         assert!(!path.exists());
     }
 }
