@@ -15,6 +15,7 @@ pub mod image;
 pub mod intruder;
 pub mod mount;
 pub mod shim;
+pub mod snapshot;
 pub mod spec;
 pub mod template;
 pub mod trace;

@@ -22,6 +22,7 @@ mod programs;
 mod reclaim;
 mod resources;
 mod rpc;
+mod snapshot;
 mod stdio;
 mod template;
 mod terminal;

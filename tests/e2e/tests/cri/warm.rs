@@ -5,18 +5,15 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::unix::fs::{FileExt as _, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use k8s_cri::v1::{ContainerConfig, KeyValue, LinuxPodSandboxConfig, Mount, PodSandboxConfig};
-use mayu_e2e::configuration::Configuration;
 use mayu_e2e::cri::{Cri, Pod, container, pod_config};
 use mayu_e2e::host::Traces;
 use mayu_e2e::shim::eventually;
+use mayu_e2e::snapshot::{STORE, allow, snapshots};
 use mayu_e2e::{PATIENCE, PYTHON};
 use serde_json::Value;
-
-/// The configuration's `snapshot.store`.
-const STORE: &str = "/var/lib/mayu/snapshots";
 
 /// Takes its time to begin, remembers who it was then, and tells who it is when it is asked.
 const FUNCTION: &str = r#"
@@ -60,13 +57,6 @@ type Damage = fn(&Path);
 struct Running {
     pod: Pod,
     container: String,
-}
-
-/// Lets pods ask for snapshots, and has none at the beginning.
-fn allowed() -> Configuration {
-    let _ = fs::remove_dir_all(STORE);
-    let names = ["", "-ready", "-hook", "-env"].map(|rest| format!("\"io.mayu.snapshot{rest}\"")).join(", ");
-    Configuration::set("annotations", "allowed", &format!("[{names}]"))
 }
 
 /// One that is no other test's.
@@ -149,15 +139,9 @@ fn text(answer: &Value, pointer: &str) -> String {
     answer.pointer(pointer).and_then(Value::as_str).unwrap_or_else(|| panic!("{answer}")).to_owned()
 }
 
-/// Those that are whole.
-fn snapshots() -> Vec<PathBuf> {
-    let entries = fs::read_dir(STORE).into_iter().flatten().map(|entry| entry.unwrap().path());
-    entries.filter(|path| path.extension().is_none() && path.join("description.json").exists()).collect()
-}
-
 #[test]
 fn a_pod_goes_on_where_one_like_it_was_saved_and_is_a_pod_of_its_own() {
-    let _allowed = allowed();
+    let _allowed = allow();
     let function = function("goes on");
     let mut first = function.saved();
     let before = first.ask();
@@ -204,7 +188,7 @@ fn a_pod_goes_on_where_one_like_it_was_saved_and_is_a_pod_of_its_own() {
 
 #[test]
 fn pods_that_go_on_from_a_snapshot_leave_nothing() {
-    let _allowed = allowed();
+    let _allowed = allow();
     let function = function("leaves nothing");
     let run = function.saved().run();
     function.run().pod.remove().unwrap();
@@ -234,7 +218,7 @@ fn volume(kubelet: &Path, kind: &str, at: &str, name: &str, content: &str) -> Mo
 
 #[test]
 fn a_pod_with_another_configuration_or_account_or_of_another_namespace_starts_anew() {
-    let _allowed = allowed();
+    let _allowed = allow();
     let kubelet = tempfile::tempdir_in("/var/tmp").unwrap();
     // The subject is `a` or `b`; the id, which is another one in each pod, 1 or 2.
     let (a1, a2, b) =
@@ -261,7 +245,7 @@ fn a_pod_with_another_configuration_or_account_or_of_another_namespace_starts_an
 
 #[test]
 fn a_snapshot_that_is_damaged_is_not_run_and_the_pod_starts_anew() {
-    let _allowed = allowed();
+    let _allowed = allow();
     let damages: [(&str, Damage); 3] = [
         ("a byte of the state", |snapshot| {
             let state = File::options().read(true).write(true).open(snapshot.join("state")).unwrap();
@@ -288,7 +272,7 @@ fn a_snapshot_that_is_damaged_is_not_run_and_the_pod_starts_anew() {
 
 #[test]
 fn a_hook_runs_with_the_new_environment_and_may_refuse() {
-    let _allowed = allowed();
+    let _allowed = allow();
     let with_hook = |hook: &str, name: &str| {
         let mut function = function(name);
         function.annotations.insert("io.mayu.snapshot-hook", "/tmp/on-restore".into());
@@ -313,7 +297,7 @@ fn a_hook_runs_with_the_new_environment_and_may_refuse() {
 #[test]
 fn a_wish_that_cannot_be_understood_or_is_not_allowed_is_refused() {
     {
-        let _allowed = allowed();
+        let _allowed = allow();
         let mut unready = function("is never ready");
         unready.annotations.remove("io.mayu.snapshot-ready");
         let error = unready.try_to_run().err().expect("it does not say when it is ready");
