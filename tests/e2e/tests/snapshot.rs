@@ -29,7 +29,7 @@ fn saved(flags: &[&str]) -> Container {
 }
 
 fn run(container: &Container) -> String {
-    container.script("cat /tmp/run")
+    container.script("cat /tmp/run").trim().to_owned()
 }
 
 #[test]
