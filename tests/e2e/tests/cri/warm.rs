@@ -165,8 +165,9 @@ fn a_pod_goes_on_where_one_like_it_was_saved_and_is_a_pod_of_its_own() {
         assert_eq!(text(&answer, "/file").trim(), name, "a file of the pod's");
         assert!(answer["now"].as_f64() >= before["now"].as_f64(), "{answer}");
         random.push(text(&answer, "/random"));
-        let log = other.pod.log("function");
-        assert!(log.contains(&format!("of {name}")) && !log.contains("ready"), "{log}");
+        let printed = format!("of {name}");
+        eventually("what it prints is in its log", || other.pod.log("function").contains(&printed));
+        assert!(!other.pod.log("function").contains("ready"), "that was the first one's");
         let (code, said) = other.pod.exec(&other.container, "hostname; cat /proc/1/cmdline").unwrap();
         assert!(code == 0 && said.starts_with(&name) && said.contains("python3"), "{said}");
         assert!(
