@@ -48,6 +48,7 @@ pub mod stdio;
 pub mod storage;
 pub mod task;
 pub mod template;
+mod touched;
 pub mod uids;
 pub mod vmm_process;
 

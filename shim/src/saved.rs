@@ -12,6 +12,12 @@ use crate::error::file;
 /// The name of the description, which is written last and goes first.
 pub(crate) const DESCRIPTION: &str = "description.json";
 
+/// What memory is compared and counted in, in bytes.
+pub(crate) const PAGE: usize = 4096;
+
+/// The name of what pods touch of the memory, if that is known.
+pub(crate) const WORKING_SET: &str = "working-set";
+
 /// Its files, opened to be read.
 #[derive(Debug)]
 pub struct Saved {
@@ -33,7 +39,7 @@ impl Saved {
             let path = directory.join(name);
             File::open(&path).map_err(file("open", path))
         };
-        Ok(Self { state: open("state")?, memory: open("memory")?, working_set: open("working-set").ok() })
+        Ok(Self { state: open("state")?, memory: open("memory")?, working_set: open(WORKING_SET).ok() })
     }
 }
 

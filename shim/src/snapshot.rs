@@ -5,6 +5,7 @@
 //! that its container can have read until then ([`Likeness`]) goes on from there, and its container begins where that one stood.
 
 mod likeness;
+mod record;
 mod save;
 mod store;
 
@@ -16,6 +17,7 @@ use crate::annotations::{Annotations, SNAPSHOT, SNAPSHOT_ENV, SNAPSHOT_HOOK, SNA
 use crate::{Error, Result};
 
 pub use likeness::{Likeness, Parts};
+pub use record::record;
 pub use save::save;
 pub use store::{Description, Making, Snapshot, Store};
 

@@ -31,7 +31,7 @@ use slog::{Logger, debug, warn};
 use crate::config::{Config, Vm};
 use crate::error::file;
 use crate::pod_spec::Size;
-use crate::saved::{self, Saved};
+use crate::saved::{self, PAGE, Saved};
 use crate::vmm_process::HostFiles;
 use crate::{Error, Result, machine};
 
@@ -39,9 +39,6 @@ pub use make::{make, make_in_background, try_out};
 
 /// How long one that could not be made is not tried again for.
 const RETRY: Duration = Duration::from_secs(600);
-
-/// What memory is compared in, in bytes.
-const PAGE: usize = 4096;
 
 /// All templates of a host.
 #[derive(Clone, Debug)]

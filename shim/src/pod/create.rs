@@ -21,7 +21,7 @@ use crate::hooks::Point;
 use crate::pod_spec::{Limits, PodSpec};
 use crate::process::{Process, State, Step};
 use crate::sandbox::Sandbox;
-use crate::snapshot::{Description, Start};
+use crate::snapshot::{self, Description, Start};
 use crate::spec::{self, GuestSpec, Origin};
 use crate::stdio::{Endpoints, Opened, Streams};
 use crate::storage::Storage;
@@ -144,10 +144,21 @@ impl Pod {
                 let hooks = container.hooks.get_or_init(|| hooks);
                 hooks.run(Point::Created, sandbox.pid(), &log).await?;
                 let created = self.create_in_guest(&sandbox, container, &spec, request.terminal).await;
-                if let (Err(error), Some(snapshot)) = (&created, snapshot) {
-                    snapshot.discard(&sandbox.config.snapshot, error, &log);
-                    // What was saved is still in the guest, and is nobody's.
-                    sandbox.condemn("its container did not go on as it was saved");
+                match (&created, snapshot) {
+                    (Err(error), Some(snapshot)) => {
+                        snapshot.discard(&sandbox.config.snapshot, error, &log);
+                        // What was saved is still in the guest, and is nobody's.
+                        sandbox.condemn("its container did not go on as it was saved");
+                    }
+                    (Ok(()), Some(snapshot)) => {
+                        tokio::spawn(snapshot::record(
+                            snapshot,
+                            sandbox.pid(),
+                            container.clone(),
+                            log.clone(),
+                        ));
+                    }
+                    _ => {}
                 }
                 created?;
             }

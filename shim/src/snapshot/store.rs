@@ -8,12 +8,13 @@
 //!     description.json        what it is a snapshot of
 //!     state                   what the VMM has saved
 //!     memory                  the guest's memory
+//!     working-set             what of it a pod touches, once one has gone on from here
 //! ```
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
@@ -253,6 +254,11 @@ impl Snapshot {
     fn read(path: PathBuf) -> Option<Self> {
         let description = fs::read(path.join(saved::DESCRIPTION)).ok()?;
         Some(Self { description: serde_json::from_slice(&description).ok()?, path })
+    }
+
+    /// Where it is.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// What it is called.

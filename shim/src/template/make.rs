@@ -21,7 +21,7 @@ use crate::config::Config;
 use crate::console::{Console, Source};
 use crate::error::file;
 use crate::sandbox::{too_late, wait_for_agent, with_console};
-use crate::saved::{self, Saved, now, remove, sync};
+use crate::saved::{self, Saved, WORKING_SET, now, remove, sync};
 use crate::state_dir;
 use crate::uids::Lease;
 use crate::vmm_process::{Building, HostFiles, Origin, Spawned, VmmProcess};
@@ -156,7 +156,7 @@ async fn rehearse(config: &Config, machine: &VmConfig, new: &Path, log: &Logger)
     let parts = Parts { machine, files: HostFiles::open(&config.vm)?, origin, share: &share };
     match rehearsal::working_set(config, parts, new, log).await {
         Ok(working_set) => {
-            let path = new.join("working-set");
+            let path = new.join(WORKING_SET);
             let pages = working_set.0.iter().map(|pages| pages.count).sum::<u32>();
             info!(log, "what pods will touch is known"; "pages" => pages);
             working_set.to_bytes().and_then(|bytes| fs::write(&path, bytes)).map_err(file("write", &path))?;
