@@ -37,6 +37,10 @@ fn containers_that_are_alike_share_what_they_have_begun_with_and_nothing_else() 
     let _allowed = allow();
     let first = saved(&[]);
     let begun = run(&first);
+    let looked_at = start(&[]);
+    let working_set = snapshots()[0].join("working-set");
+    eventually("what pods touch of it is known", || working_set.exists());
+    looked_at.remove();
     let traces = Traces::now();
     let mut secrets = HashSet::new();
     for _ in 0..5 {
