@@ -9,7 +9,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use mayu_agent_api::{
-    FORWARD_PORT, Hello, READY_PORT, RPC_PORT, SHARE_DIR, SHARE_TAG, STREAM_PORT, VOLUME_DIR,
+    FORWARD_PORT, Hello, READY_PORT, RPC_PORT, SHARE_DIR, SHARE_TAG, STREAM_PORT, TEMPLATE_PARAMETER,
+    VOLUME_DIR,
 };
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
@@ -23,10 +24,12 @@ use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 use crate::cgroup::{MOUNT_POINT, enable_controllers};
 use crate::error::{Error, Result};
 use crate::server::{self, Listeners, Options};
-use crate::{console, sys};
+use crate::{console, sys, template};
 
 /// The word on the kernel's command line that makes the agent log everything.
 const DEBUG_PARAMETER: &str = "mayu.debug";
+/// What the agent executes to have its helpers.
+const OWN_PROGRAM: &str = "/proc/self/exe";
 /// Where the agent keeps its files.
 const RUN_DIRECTORY: &str = "/run/mayu";
 /// How long the launch of one process may take; a machine that emulates its CPU needs seconds.
@@ -112,7 +115,8 @@ async fn boot(entered: Duration) -> Result<std::convert::Infallible> {
         file_system.mount()?;
     }
     let parameters = fs::read_to_string("/proc/cmdline").map_err(Error::file("read", "/proc/cmdline"))?;
-    let log = console::logger(parameters.split_whitespace().any(|word| word == DEBUG_PARAMETER));
+    let is_told = |parameter| parameters.split_whitespace().any(|word| word == parameter);
+    let log = console::logger(is_told(DEBUG_PARAMETER));
     for (path, value) in SYSCTLS {
         fs::write(path, value).map_err(Error::file("write", path))?;
     }
@@ -121,13 +125,16 @@ async fn boot(entered: Duration) -> Result<std::convert::Infallible> {
     enter_cgroup()?;
     bring_loopback_up()?;
 
+    // The pods that go on from here have it for as long as they live.
+    let _shared = is_told(TEMPLATE_PARAMETER).then(|| template::prepare(OWN_PROGRAM.as_ref())).transpose()?;
+
     let listeners = Listeners {
         rpc: server::listen(RPC_PORT, &log)?,
         streams: server::listen(STREAM_PORT, &log)?,
         forward: server::listen(FORWARD_PORT, &log)?,
     };
     let options = Options {
-        program: "/proc/self/exe".into(),
+        program: OWN_PROGRAM.into(),
         launch_deadline: LAUNCH_DEADLINE,
         stream_deadline: STREAM_DEADLINE,
         settle_time: SETTLE_TIME,

@@ -34,6 +34,7 @@ mod sys;
 mod sysctl;
 mod task;
 mod tcp;
+mod template;
 mod volumes;
 
 pub use error::{Error, Result};

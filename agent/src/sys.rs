@@ -71,13 +71,12 @@ struct RandomPoolInfo {
     bytes: [u8; MAX_ENTROPY],
 }
 
-/// Loads `program` and attaches it to `cgroup` as its filter of device accesses. The attachment keeps the
-/// program alive for as long as the cgroup exists.
+/// Loads `program`, a filter of device accesses.
 ///
 /// # Errors
 ///
 /// What `bpf(2)` says: EPERM without CAP_BPF, EINVAL where the kernel has no cgroup BPF.
-pub fn attach_device_filter(program: &[BpfInstruction], cgroup: BorrowedFd<'_>) -> Result<(), Errno> {
+pub fn load_device_filter(program: &[BpfInstruction]) -> Result<OwnedFd, Errno> {
     let load = ProgramLoad {
         program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
         instruction_count: u32::try_from(program.len()).map_err(|_| Errno::E2BIG)?,
@@ -94,7 +93,17 @@ pub fn attach_device_filter(program: &[BpfInstruction], cgroup: BorrowedFd<'_>) 
     let loaded = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &load, size_of_val(&load)) };
     let loaded = RawFd::try_from(Errno::result(loaded)?).map_err(|_| Errno::EBADF)?;
     // SAFETY: the kernel has just returned this descriptor and nobody else owns it.
-    let loaded = unsafe { OwnedFd::from_raw_fd(loaded) };
+    Ok(unsafe { OwnedFd::from_raw_fd(loaded) })
+}
+
+/// Loads `program` and attaches it to `cgroup` as its filter of device accesses. The attachment keeps the
+/// program alive for as long as the cgroup exists.
+///
+/// # Errors
+///
+/// Those of [`load_device_filter`].
+pub fn attach_device_filter(program: &[BpfInstruction], cgroup: BorrowedFd<'_>) -> Result<(), Errno> {
+    let loaded = load_device_filter(program)?;
     let attach = ProgramAttach {
         target: cgroup.as_raw_fd().cast_unsigned(),
         program: loaded.as_raw_fd().cast_unsigned(),

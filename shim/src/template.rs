@@ -339,6 +339,11 @@ mod tests {
     }
 
     #[test]
+    fn the_vmm_and_the_agent_mean_the_same_word() {
+        assert_eq!(mayu_vmm_api::TEMPLATE_PARAMETER, mayu_agent_api::TEMPLATE_PARAMETER);
+    }
+
+    #[test]
     fn a_failure_is_remembered() {
         let (_root, store) = store();
         assert_eq!(store.failure(), None);

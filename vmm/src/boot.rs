@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt as _;
 
 use linux_loader::cmdline::Cmdline;
 use linux_loader::loader::{self, Elf, KernelLoader as _};
-use mayu_vmm_api::VmConfig;
+use mayu_vmm_api::{TEMPLATE_PARAMETER, VmConfig};
 use vm_memory::{Address as _, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion as _};
 
 use crate::arch::layout;
@@ -39,7 +39,7 @@ const ONLINE_MEMORY: &str = "memhp_default_state=online memory_hotplug.online_po
 ///
 /// # Errors
 /// It gets longer than the kernel takes, or a word has characters other than printable ASCII.
-pub fn command_line(config: &VmConfig, devices: usize) -> Result<Cmdline> {
+pub fn command_line(config: &VmConfig, devices: usize, is_template: bool) -> Result<Cmdline> {
     let mut line = Cmdline::new(layout::COMMAND_LINE_SIZE).map_err(command_line_error)?;
     line.insert_str(COMMON).map_err(command_line_error)?;
     for index in 0..devices {
@@ -57,6 +57,9 @@ pub fn command_line(config: &VmConfig, devices: usize) -> Result<Cmdline> {
     }
     if config.memory_mib < config.max_memory_mib {
         line.insert_str(ONLINE_MEMORY).map_err(command_line_error)?;
+    }
+    if is_template {
+        line.insert_str(TEMPLATE_PARAMETER).map_err(command_line_error)?;
     }
     if !config.kernel_args.trim().is_empty() {
         line.insert_str(&config.kernel_args).map_err(command_line_error)?;
@@ -253,7 +256,7 @@ mod tests {
     }
 
     fn line(config: &VmConfig, devices: usize) -> Result<String> {
-        command_line(config, devices).map(|line| line.as_cstring().unwrap().into_string().unwrap())
+        command_line(config, devices, false).map(|line| line.as_cstring().unwrap().into_string().unwrap())
     }
 
     #[test]
@@ -283,6 +286,13 @@ mod tests {
         let more = VmConfig { max_vcpus: 8, ..config("debug") };
         assert!(line(&more, 1).unwrap().ends_with(" maxcpus=2 debug"));
         assert!(!line(&config(""), 1).unwrap().contains("maxcpus"));
+    }
+
+    #[test]
+    fn the_guest_is_told_that_it_becomes_a_template_and_by_no_other_machine() {
+        let of_template = command_line(&config("debug"), 1, true).unwrap().as_cstring().unwrap();
+        assert!(of_template.to_str().unwrap().ends_with(" mayu.template debug"));
+        assert!(!line(&config("debug"), 1).unwrap().contains("template"));
     }
 
     #[test]

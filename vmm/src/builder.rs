@@ -109,7 +109,7 @@ pub fn build(
     let backing = memory.map_or(Backing::Anonymous, Backing::File);
     let memory = memory::map(config.memory_mib, config.max_memory_mib, backing)?;
     let entry = boot::load_kernel(&memory, kernel)?;
-    let command_line = boot::command_line(config, device_count(config))?;
+    let command_line = boot::command_line(config, device_count(config), saving == Saving::Once)?;
     let command_line_size = boot::load_command_line(&memory, &command_line)?;
     arch::boot::write_parameters(
         &memory,

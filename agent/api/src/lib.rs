@@ -53,6 +53,9 @@ pub const FORWARD_PORT: u32 = 1027;
 /// Below it lie the volumes that `CreateVolume` makes, each under its name.
 pub const VOLUME_DIR: &str = "/run/mayu/volumes";
 
+/// The word on the kernel's command line that tells the agent that its machine is going to be saved as a template.
+pub const TEMPLATE_PARAMETER: &str = "mayu.template";
+
 /// The annotation of a container's spec that says which of its block devices is which of the guest's: a JSON object from the
 /// `major:minor` that the spec has to the serial number of the guest's disk (`/sys/block/*/serial`).
 pub const BLOCK_DEVICES: &str = "io.mayu.guest.block-devices";

@@ -27,6 +27,6 @@ pub use error::{Error, Result};
 pub use frame::{MAX_FDS, MAX_FRAME, receive, send};
 pub use message::{
     BLOCK_SLOTS, CONTROL_FD, Event, ExitReason, MAX_MEMORY_MIB, MAX_NET_SLOTS, MAX_VCPUS, MIN_MEMORY_MIB,
-    Message, RateLimit, Reply, Request, Status, VmConfig, net_slot_address,
+    Message, RateLimit, Reply, Request, Status, TEMPLATE_PARAMETER, VmConfig, net_slot_address,
 };
 pub use working_set::{Pages, WorkingSet};

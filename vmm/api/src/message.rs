@@ -78,6 +78,9 @@ pub struct RateLimit {
     pub burst_ms: u32,
 }
 
+/// The word on the kernel's command line of a machine that is built to be saved, so that what runs in it can prepare for that.
+pub const TEMPLATE_PARAMETER: &str = "mayu.template";
+
 /// What the shim asks of the VMM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
@@ -86,7 +89,7 @@ pub enum Request {
     Build(VmConfig),
     /// As [`Request::Build`], to be saved. The guest's memory is that of a sixth descriptor, a file of
     /// [`VmConfig::memory_mib`] that can be written. Its process is confined as any other, and may make the system calls for saving
-    /// that no other may make.
+    /// that no other may make. On its kernel's command line is the word [`TEMPLATE_PARAMETER`](crate::TEMPLATE_PARAMETER).
     BuildTemplate(VmConfig),
     /// As [`Request::Build`], where a machine with the same description was saved. Its descriptors are `/dev/kvm`, the file that
     /// [`Request::Save`] has written, the memory of that machine, image, share and console, and, where it is known, a file with the
