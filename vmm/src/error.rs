@@ -33,8 +33,8 @@ pub enum Error {
         source: seccompiler::Error,
     },
     /// No filter can be made of a table of system calls.
-    #[error("cannot make a seccomp filter: {0}")]
-    SeccompTable(#[source] seccompiler::BackendError),
+    #[error("cannot make a seccomp filter: a jump of it leads too far")]
+    SeccompTable,
     /// A device's queue is not usable.
     #[error("virtio-{device}: queue {queue}: {source}")]
     Queue {

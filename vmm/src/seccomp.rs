@@ -9,7 +9,6 @@
 //! The tables below are all that there is to it. [`Kind::table`] and [`Kind::saving`] give them to the test that runs pods and looks
 //! whether a line is still needed.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -18,15 +17,11 @@ use kvm_bindings::{
     kvm_msrs, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use libc::*;
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch, apply_filter, sock_filter,
-};
+use seccompiler::{BpfProgram, apply_filter};
 
 use crate::error::{Error, Result};
 
-/// What is allowed, by the number of the call.
-type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+mod filter;
 
 /// What a thread does, which decides what it may.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -336,15 +331,8 @@ impl Kind {
         self.table().iter().chain(saving).copied().flatten()
     }
 
-    /// One program, since the kernel takes its time with each. It first looks among what is refused.
     fn compile(self, purpose: Purpose) -> Result<BpfProgram> {
-        let mut program =
-            compile(REFUSED.iter(), &SeccompAction::Allow, &SeccompAction::Errno(ENOSYS as u32))?;
-        // That any other call is allowed. In its place the table follows.
-        program.pop();
-        let allowed = self.lines(purpose).filter(|line| !Self::refuses(line));
-        program.append(&mut compile(allowed, &SeccompAction::KillProcess, &SeccompAction::Allow)?);
-        Ok(program)
+        filter::compile(self.lines(purpose))
     }
 }
 
@@ -410,53 +398,6 @@ impl fmt::Debug for Confinement {
     }
 }
 
-fn compile<'a>(
-    table: impl Iterator<Item = &'a Allowed>,
-    otherwise: &SeccompAction,
-    listed: &SeccompAction,
-) -> Result<BpfProgram> {
-    let failed = Error::SeccompTable;
-    let mut rules = Rules::new();
-    for allowed in table {
-        let conditions = allowed.arguments.iter().map(condition).collect::<std::result::Result<Vec<_>, _>>();
-        let conditions = conditions.map_err(failed)?;
-        let of_this = rules.entry(allowed.number).or_default();
-        if !conditions.is_empty() {
-            of_this.push(SeccompRule::new(conditions).map_err(failed)?);
-        }
-    }
-    search(rules, otherwise, listed).map_err(failed)
-}
-
-/// A binary search for the number of a call: when a filter is loaded, the kernel runs it for each number that there is, and compiles it.
-fn search(
-    mut rules: Rules,
-    otherwise: &SeccompAction,
-    listed: &SeccompAction,
-) -> std::result::Result<BpfProgram, seccompiler::BackendError> {
-    const ONE_BY_ONE: usize = 4;
-    let Some(&middle) = rules.keys().nth(rules.len() / 2).filter(|_| rules.len() > ONE_BY_ONE) else {
-        return SeccompFilter::new(rules, otherwise.clone(), listed.clone(), TargetArch::x86_64)?.try_into();
-    };
-    let upper = search(rules.split_off(&middle), otherwise, listed)?;
-    let lower = search(rules, otherwise, listed)?;
-    let instruction = |code: u32, k: u32, jf: u8| sock_filter { code: code as u16, jt: 0, jf, k };
-    let mut program = vec![
-        // `nr` of `struct seccomp_data` (seccomp(2)). Whether it is one of this architecture, each end of the search looks itself.
-        instruction(BPF_LD | BPF_W | BPF_ABS, 0, 0),
-        instruction(BPF_JMP | BPF_JGE | BPF_K, middle as u32, 1),
-        instruction(BPF_JMP | BPF_JA, lower.len() as u32, 0),
-    ];
-    program.extend(lower);
-    program.extend(upper);
-    Ok(program)
-}
-
-fn condition(argument: &Argument) -> std::result::Result<SeccompCondition, seccompiler::BackendError> {
-    let Argument { index, mask, value } = *argument;
-    SeccompCondition::new(index, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(mask), value)
-}
-
 #[cfg(test)]
 #[allow(unsafe_code)]
 mod tests {
@@ -465,7 +406,12 @@ mod tests {
     use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
     use std::process::Command;
 
+    use seccompiler::sock_filter;
+
     use super::*;
+
+    /// Of linux/audit.h.
+    const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 
     const PURPOSES: [Purpose; 2] = [Purpose::Run, Purpose::Save];
 
@@ -533,9 +479,8 @@ mod tests {
     }
 
     /// What the kernel's interpreter of classic BPF would answer (Documentation/networking/filter.rst).
-    fn verdict(program: &[sock_filter], number: i64, arguments: &[u64; 6]) -> u32 {
-        const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
-        let mut data = vec![number as u32, AUDIT_ARCH_X86_64, 0, 0];
+    fn verdict(program: &[sock_filter], architecture: u32, number: i64, arguments: &[u64; 6]) -> u32 {
+        let mut data = vec![number as u32, architecture, 0, 0];
         data.extend(arguments.iter().flat_map(|argument| [*argument as u32, (argument >> 32) as u32]));
         let (mut next, mut register) = (0, 0);
         loop {
@@ -576,11 +521,25 @@ mod tests {
                         None => SECCOMP_RET_KILL_PROCESS,
                     };
                     assert_eq!(
-                        verdict(&program, number, &arguments),
+                        verdict(&program, AUDIT_ARCH_X86_64, number, &arguments),
                         expected,
                         "{kind} to {purpose:?}: {number} {arguments:x?}"
                     );
                 }
+            }
+        }
+    }
+
+    /// 32-bit programs count their calls otherwise, and those of x32 have a bit more (`__X32_SYSCALL_BIT`).
+    #[test]
+    fn a_call_of_another_architecture_ends_the_process() {
+        const AUDIT_ARCH_I386: u32 = 0x4000_0003;
+        for kind in Kind::ALL {
+            let program = kind.compile(Purpose::Save).unwrap();
+            for number in 0..512 {
+                let foreign = verdict(&program, AUDIT_ARCH_I386, number, &[0; 6]);
+                let x32 = verdict(&program, AUDIT_ARCH_X86_64, number | 1 << 30, &[0; 6]);
+                assert_eq!([foreign, x32], [SECCOMP_RET_KILL_PROCESS; 2], "{kind}: {number}");
             }
         }
     }
