@@ -141,9 +141,12 @@ pub fn restore(
         return Err(Error::RestoreMachine { vcpus: state.vcpus.len(), devices: state.devices.len() });
     }
     let memory = memory::map(config.memory_mib, config.max_memory_mib, Backing::CopyOf(memory))?;
+    if let Some(WorkingSet { answer, .. }) = &working_set {
+        prefetch::copy(answer, &memory);
+    }
     let mut machine = assemble(config, &Origin::Saved(snapshot), memory, parts, events)?;
     match working_set {
-        Some(WorkingSet(pages)) => machine.prefetch = pages,
+        Some(WorkingSet { container, .. }) => machine.prefetch = container,
         None => prefetch::page_by_page(&machine.memory.memory()),
     }
     Ok(machine)

@@ -62,6 +62,17 @@ impl Prefetch {
     }
 }
 
+/// Gives the VMM copies of its own of those pages that the guest is about to write to. To be called before KVM knows the memory, which
+/// would be told of each copy.
+pub fn copy(pages: &[Pages], memory: &GuestMemoryMmap) {
+    let written = pages.iter().filter(|pages| pages.written);
+    for range in written.filter_map(|pages| Range::of(pages, memory)) {
+        if range.advise(MADV_POPULATE_WRITE).is_err() {
+            return;
+        }
+    }
+}
+
 /// Has the kernel read each page of the guest's memory for itself, none ahead: what is in the page cache then is what was touched.
 pub fn page_by_page(memory: &GuestMemoryMmap) {
     for region in memory.iter().filter(|region| region.file_offset().is_some()) {
@@ -139,6 +150,15 @@ mod tests {
         file.write_all_at(&[7; 9 * PAGE as usize], 0).unwrap();
         let byte = |page: u64| memory.read_obj::<u8>(GuestAddress(page * PAGE)).unwrap();
         assert_eq!([2, 3, 4, 5, 8].map(byte), [7, 0, 0, 7, 7]);
+    }
+
+    #[test]
+    fn a_page_that_is_copied_stays_as_it_was_when_its_file_is_written() {
+        let (file, memory) = memory();
+        copy(&[pages(3, 1, true), pages(5, 1, false), pages(NUMBER, 1, true)], &memory);
+        file.write_all_at(&[7; 9 * PAGE as usize], 0).unwrap();
+        let byte = |page: u64| memory.read_obj::<u8>(GuestAddress(page * PAGE)).unwrap();
+        assert_eq!([2, 3, 4, 5].map(byte), [7, 0, 7, 7]);
     }
 
     #[test]

@@ -109,8 +109,10 @@ fn a_saved_guest_goes_on_in_another_machine() {
     (&state).rewind().unwrap();
     let snapshot = Snapshot::read(state).unwrap();
     let pages = |first, count, written| Pages { first, count, written };
-    let working_set =
-        WorkingSet(vec![pages(0, 2000, false), pages(u32::MAX, 1, true), pages(6000, 500, true)]);
+    let working_set = WorkingSet {
+        answer: vec![pages(5000, 100, true), pages(u32::MAX, 1, true)],
+        container: vec![pages(0, 2000, false), pages(u32::MAX, 1, true), pages(6000, 500, true)],
+    };
     for working_set in [None, Some(working_set)] {
         goes_on(&host, &config, &snapshot, &memory, working_set);
     }

@@ -52,7 +52,8 @@ fn write(snapshot: &Snapshot, vmm: u32) -> Result<usize> {
     let pages = touched.len();
     // Whoever opens it meanwhile finds none, or all of it.
     let (new, path) = (snapshot.path().join("working-set.new"), snapshot.path().join(WORKING_SET));
-    WorkingSet(join(&touched))
+    // Some of it was touched before the agent answered, which does no harm.
+    WorkingSet { answer: Vec::new(), container: join(&touched) }
         .to_bytes()
         .and_then(|bytes| fs::write(&new, bytes))
         .and_then(|()| fs::rename(&new, &path))

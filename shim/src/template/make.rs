@@ -157,7 +157,7 @@ async fn rehearse(config: &Config, machine: &VmConfig, new: &Path, log: &Logger)
     match rehearsal::working_set(config, parts, new, log).await {
         Ok(working_set) => {
             let path = new.join(WORKING_SET);
-            let pages = working_set.0.iter().map(|pages| pages.count).sum::<u32>();
+            let pages = working_set.container.iter().map(|pages| pages.count).sum::<u32>();
             info!(log, "what pods will touch is known"; "pages" => pages);
             working_set.to_bytes().and_then(|bytes| fs::write(&path, bytes)).map_err(file("write", &path))?;
             sync(&path)?;

@@ -64,7 +64,9 @@ pub async fn working_set(
         })??;
         let mut touched = since(&before, look()?);
         touched.retain(|_, written| *written || !only_written);
-        Ok(WorkingSet(join(&touched)))
+        let mut answer = before;
+        answer.retain(|_, written| *written);
+        Ok(WorkingSet { answer: join(&answer), container: join(&touched) })
     })
     .await
 }

@@ -13,10 +13,14 @@ pub struct Pages {
     pub written: bool,
 }
 
-/// What one machine has touched between the moment when its agent answered and the end of its first container, for those after it:
-/// [`Request::Prefetch`](crate::Request::Prefetch) has it mapped before the guest runs into it.
+/// What one machine has touched until the end of its first container, for those after it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WorkingSet(pub Vec<Pages>);
+pub struct WorkingSet {
+    /// Until its agent answered. What it has only read then costs a guest no more than to have it mapped, and is left out.
+    pub answer: Vec<Pages>,
+    /// From then on: [`Request::Prefetch`](crate::Request::Prefetch) has it mapped before the guest runs into it.
+    pub container: Vec<Pages>,
+}
 
 impl WorkingSet {
     /// As it is kept in a file, in postcard's format (<https://postcard.jamesmunns.com/wire-format>).
@@ -43,7 +47,10 @@ mod tests {
     #[test]
     fn it_is_read_as_it_was_written_and_nothing_else_is() {
         let pages = |first, written| Pages { first, count: 3, written };
-        let set = WorkingSet(vec![pages(7, true), pages(0, false), pages(90_000, true)]);
+        let set = WorkingSet {
+            answer: vec![pages(3, true)],
+            container: vec![pages(7, true), pages(0, false), pages(90_000, true)],
+        };
         let bytes = set.to_bytes().unwrap();
         assert_eq!(WorkingSet::from_bytes(&bytes).unwrap(), set);
         assert!(WorkingSet::from_bytes(&bytes[1..]).is_err());
