@@ -93,7 +93,7 @@ fn container(spec: serde_json::Result<Spec>) {
     let (log, bundle) = (Logger::root(Discard, o!()), Path::new("/nowhere"));
     let pid_namespace = if spec::shares_pids(&spec) { PidNamespace::Pod } else { PidNamespace::Own };
     let files = [("hosts", "/nowhere/hosts".into())];
-    let origin = Origin { id: ID, bundle, pid_namespace: &pid_namespace, files: &files };
+    let origin = Origin { id: ID, place: ID, bundle, pid_namespace: &pid_namespace, files: &files };
     let Ok(guest) = spec::for_guest(spec, origin, &log) else {
         return;
     };
