@@ -268,7 +268,7 @@ impl Pod {
             info!(self.log, "the pod is another one than was saved of its image";
                 "snapshot" => other.name(), "differs_in" => differences.join(" "));
         }
-        store.begin(&likeness, &self.log).map(|begun| match begun {
+        store.begin(&likeness, &container.id, &self.log).map(|begun| match begun {
             Ok(making) => Start::ToSave(Box::new(making)),
             Err(reason) => {
                 info!(self.log, "the pod starts without a snapshot"; "reason" => reason);
@@ -280,7 +280,7 @@ impl Pod {
     /// Saves the pod once this container is ready, where that was asked for and there is nothing to go on from.
     pub fn save_when_ready(self: &Arc<Self>, container: &Arc<Container>) {
         let Ok(sandbox) = self.sandbox() else { return };
-        if let Some(making) = sandbox.take_making() {
+        if let Some(making) = sandbox.take_making().filter(|making| making.container == container.id) {
             tokio::spawn(snapshot::save(self.clone(), sandbox, container.clone(), making));
         }
     }

@@ -224,6 +224,11 @@ impl Pod {
         let Ok(sandbox) = self.sandbox() else {
             return;
         };
+        drop(sandbox.take_making());
+        if sandbox.take_snapshot().is_some() {
+            // What was saved is in the guest, and no other container may become it.
+            sandbox.condemn("nobody has taken over its container as it was saved");
+        }
         if last {
             sandbox.tear_down().await;
             self.lock().vm = Vm::Absent;

@@ -43,8 +43,7 @@ pub async fn save(pod: Arc<Pod>, sandbox: Arc<Sandbox>, container: Arc<Container
         return making.fail(&error.to_string(), &log);
     }
     let saving_took = began.elapsed();
-    let id = container.id.clone();
-    match spawn_blocking(move || making.finish(&id)).await {
+    match spawn_blocking(move || making.finish()).await {
         Ok(Ok(snapshot)) => info!(log, "the pod was saved";
             "mib" => snapshot.size() >> 20, "saving_took" => ?saving_took),
         Ok(Err(error)) => info!(log, "no snapshot is made"; "reason" => error.to_string()),

@@ -64,6 +64,8 @@ pub struct Making {
     name: String,
     /// What it is of.
     pub likeness: Likeness,
+    /// The container that is like that, and no other may be saved as it.
+    pub container: String,
     /// The guest's memory.
     pub memory: File,
     /// Where the VMM saves the rest.
@@ -121,11 +123,16 @@ impl Store {
         Some((newest, differences))
     }
 
-    /// Begins to make one, if there is room for it, nobody else makes it, and nobody has failed lately. Says otherwise why not.
+    /// Begins to make one of `container`, if there is room for it, nobody else makes it, and nobody has failed lately. Says otherwise why not.
     ///
     /// # Errors
     /// [`Error::File`].
-    pub fn begin(&self, likeness: &Likeness, log: &Logger) -> Result<std::result::Result<Making, String>> {
+    pub fn begin(
+        &self,
+        likeness: &Likeness,
+        container: &str,
+        log: &Logger,
+    ) -> Result<std::result::Result<Making, String>> {
         let name = likeness.name();
         if let Some(reason) = self.failure(&name) {
             return Ok(Err(format!("it has failed lately: {reason}")));
@@ -157,8 +164,8 @@ impl Store {
             options.open(&path).map_err(file("create", path))
         };
         let (memory, state) = (create("memory")?, create("state")?);
-        let (store, likeness) = (self.clone(), likeness.clone());
-        let making = Making { store, name, likeness, memory, state, finished: false, _lock: lock };
+        let (store, likeness, container) = (self.clone(), likeness.clone(), container.into());
+        let making = Making { store, name, likeness, container, memory, state, finished: false, _lock: lock };
         Ok(match reserve(&making.memory, size) {
             Ok(()) => Ok(making),
             Err(error) => Err(format!("reserve {} MiB for its memory: {error}", size >> 20)),
@@ -332,17 +339,20 @@ impl Making {
         File::open(&path).map_err(file("open", path))
     }
 
-    /// Makes it one that pods can go on from, once the VMM has saved `container`. Writes it to the disk first, which may take a while.
+    /// Makes it one that pods can go on from, once the VMM has saved it. Writes it to the disk first, which may take a while.
     ///
     /// # Errors
     /// [`Error::File`]; then there is none.
-    pub fn finish(mut self, container: &str) -> Result<Snapshot> {
+    pub fn finish(mut self) -> Result<Snapshot> {
         let new = self.store.new_path(&self.name);
         for (saved, name) in [(&self.memory, "memory"), (&self.state, "state")] {
             saved.sync_all().map_err(file("write back", new.join(name)))?;
         }
-        let description =
-            Description { likeness: self.likeness.clone(), container: container.into(), made: saved::now() };
+        let description = Description {
+            likeness: self.likeness.clone(),
+            container: self.container.clone(),
+            made: saved::now(),
+        };
         saved::describe(&new, &description)?;
         let path = self.store.path(&self.name);
         // One that has lost its description only.
@@ -412,11 +422,11 @@ mod tests {
     }
 
     fn begin(store: &Store, client: &str) -> std::result::Result<Making, String> {
-        store.begin(&likeness(client), &log()).unwrap()
+        store.begin(&likeness(client), "c", &log()).unwrap()
     }
 
     fn make(store: &Store, client: &str) -> Snapshot {
-        begin(store, client).unwrap().finish("c").unwrap()
+        begin(store, client).unwrap().finish().unwrap()
     }
 
     #[test]
@@ -428,7 +438,7 @@ mod tests {
         assert!(store.find(&likeness("a"), &log()).is_none());
         assert!(begin(&store, "a").unwrap_err().contains("another pod"));
 
-        making.finish("c").unwrap();
+        making.finish().unwrap();
 
         let found = store.find(&likeness("a"), &log()).unwrap();
         assert_eq!(found.description.container, "c");
@@ -512,7 +522,7 @@ mod tests {
         make(&store, "a");
         let mut of_another = likeness("b");
         of_another.machine.made_of = [("mayu-vmm".to_owned(), "another".to_owned())].into();
-        store.begin(&of_another, &log()).unwrap().unwrap().finish("c").unwrap();
+        store.begin(&of_another, "c", &log()).unwrap().unwrap().finish().unwrap();
         assert!(!path.exists());
     }
 }
