@@ -17,7 +17,8 @@ use mayu_e2e::cri::{Cri, Pod, container, pod_config};
 /// Fills a table of 50 million numbers, 200 MB, from a generator, and tells one of them.
 const FUNCTION: &str = r#"
 import array, http.server, json, random
-table = array.array("I", random.Random(7).randbytes(200_000_000))
+generator, table = random.Random(7), array.array("I")
+for _ in range(50): table.frombytes(generator.randbytes(4_000_000))
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         body = json.dumps({"answer": table[12_345_678]}).encode()
