@@ -188,9 +188,7 @@ impl Pod {
         if admission.wish.is_none() {
             return self.sandbox_with(None, spec, Start::Ordinary).await.map(drop);
         }
-        let size = spec.limits.size(&admission.config.vm);
-        check_memory(size)?;
-        admission.decide(|| admission.pod(size))?;
+        check_size(&admission, spec.limits.size(&admission.config.vm))?;
         self.lock().deferred = Some(spec);
         Ok(())
     }
@@ -294,8 +292,7 @@ impl Pod {
         let admission = self.admission(&spec)?;
         let config = admission.config.clone();
         let size = spec.limits.max(self.limits()).size(&config.vm);
-        check_memory(size)?;
-        admission.decide(|| admission.pod(size))?;
+        check_size(&admission, size)?;
         let dir = self.dir()?;
         let made = dir.clone();
         blocking(move || crate::delete::make_anew(&made)).await?;
@@ -447,6 +444,12 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
         source: std::io::Error::other(error.to_string()),
     };
     spawn_blocking(work).await.map_err(ended)?
+}
+
+/// Refuses a VM of this size where the host has no room for it, or the policy is against it.
+fn check_size(admission: &Admission, size: Size) -> Result<()> {
+    check_memory(size)?;
+    admission.decide(|| admission.pod(size))
 }
 
 fn check_memory(size: Size) -> Result<()> {

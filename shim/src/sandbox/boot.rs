@@ -126,15 +126,10 @@ impl Sandbox {
                 let Abandoned { error, may_be_what_was_saved } = begun.abandon(error).await;
                 // What the VMM refuses from here on is something of the pod's.
                 let of_the_guest = matches!(error, Error::Boot { .. } | Error::BootTimeout { .. });
-                match saved {
-                    // It is refused to go on without the files that it has open.
-                    Some(OnDisk::Snapshot(snapshot)) if may_be_what_was_saved => {
-                        snapshot.discard(&config.snapshot, &error, log);
-                    }
-                    Some(OnDisk::Template(template)) if may_be_what_was_saved && of_the_guest => {
-                        template.discard(&error, log);
-                    }
-                    _ => {}
+                // A guest that has files open is refused to go on without them.
+                let counts = of_the_guest || matches!(saved, Some(OnDisk::Snapshot(_)));
+                if let Some(on_disk) = saved.filter(|_| may_be_what_was_saved && counts) {
+                    on_disk.discard(config, &error, log);
                 }
                 Err(error)
             }
