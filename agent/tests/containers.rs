@@ -7,6 +7,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cognitive_complexity, missing_docs)]
 
+#[macro_use]
 mod support;
 
 use std::collections::BTreeSet;
@@ -19,52 +20,34 @@ use ttrpc::Code;
 
 #[test]
 fn containers() {
-    if let Some(reason) = support::missing() {
-        eprintln!("SKIPPED: needs a host for containers: {reason}");
-        return;
-    }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    tokio::task::LocalSet::new().block_on(&runtime, async {
-        let agent = Agent::serve().await;
-        let only = std::env::var("ONLY").unwrap_or_default();
-        macro_rules! scenarios {
-            ($($scenario:ident),* $(,)?) => {$(
-                if stringify!($scenario).contains(&only) {
-                    eprintln!("- {}", stringify!($scenario).replace('_', " "));
-                    $scenario(&agent).await;
-                    agent.assert_clean();
-                }
-            )*};
-        }
-        scenarios!(
-            output_and_exit_status_arrive,
-            the_process_is_what_the_spec_says,
-            the_root_is_confined,
-            input_reaches_the_process_and_ends,
-            closing_input_ends_it,
-            failures_to_start_are_explained,
-            bad_requests_have_the_right_code,
-            wrong_states_have_the_right_code,
-            signals_end_a_process,
-            an_exec_runs_beside_the_init,
-            an_exec_is_confined_as_its_container,
-            a_container_may_divide_its_cgroup,
-            a_terminal_works,
-            a_pause_stops_and_a_resume_continues,
-            limits_are_set_and_changed_and_read,
-            out_of_memory_is_told_before_the_exit,
-            too_little_memory_to_start_is_explained,
-            devices_are_filtered,
-            a_volume_is_shared,
-            a_shared_pid_namespace_dies_with_its_init,
-            containers_share_the_pods_pid_namespace,
-            the_pods_pid_namespace_is_made_anew_when_it_has_died,
-            a_container_joins_the_pid_namespace_of_another,
-            output_of_what_is_left_behind_still_arrives,
-            a_stream_that_is_not_connected_fails_the_start,
-            many_execs_leave_nothing,
-        );
-    });
+    scenarios!(
+        output_and_exit_status_arrive,
+        the_process_is_what_the_spec_says,
+        the_root_is_confined,
+        input_reaches_the_process_and_ends,
+        closing_input_ends_it,
+        failures_to_start_are_explained,
+        bad_requests_have_the_right_code,
+        wrong_states_have_the_right_code,
+        signals_end_a_process,
+        an_exec_runs_beside_the_init,
+        an_exec_is_confined_as_its_container,
+        a_container_may_divide_its_cgroup,
+        a_terminal_works,
+        a_pause_stops_and_a_resume_continues,
+        limits_are_set_and_changed_and_read,
+        out_of_memory_is_told_before_the_exit,
+        too_little_memory_to_start_is_explained,
+        devices_are_filtered,
+        a_volume_is_shared,
+        a_shared_pid_namespace_dies_with_its_init,
+        containers_share_the_pods_pid_namespace,
+        the_pods_pid_namespace_is_made_anew_when_it_has_died,
+        a_container_joins_the_pid_namespace_of_another,
+        output_of_what_is_left_behind_still_arrives,
+        a_stream_that_is_not_connected_fails_the_start,
+        many_execs_leave_nothing,
+    );
 }
 
 async fn output_and_exit_status_arrive(agent: &Agent) {

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::cognitive_complexity, missing_docs)]
 
+#[macro_use]
 mod support;
 
 use std::fs;
@@ -26,42 +27,24 @@ const LOOPBACK: u32 = 1;
 
 #[test]
 fn suspended_containers() {
-    if let Some(reason) = support::missing() {
-        eprintln!("SKIPPED: needs a host for containers: {reason}");
-        return;
-    }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    tokio::task::LocalSet::new().block_on(&runtime, async {
-        let agent = Agent::serve().await;
-        let only = std::env::var("ONLY").unwrap_or_default();
-        macro_rules! scenarios {
-            ($($scenario:ident),* $(,)?) => {$(
-                if stringify!($scenario).contains(&only) {
-                    eprintln!("- {}", stringify!($scenario).replace('_', " "));
-                    $scenario(&agent).await;
-                    agent.assert_clean();
-                }
-            )*};
-        }
-        scenarios!(
-            a_warm_container_writes_to_memory_alone,
-            the_environment_is_a_file_that_no_link_leads_astray,
-            a_suspended_container_stands_still_and_goes_on,
-            an_exec_waits_until_its_container_goes_on,
-            a_container_is_suspended_once_its_port_is_listened_on,
-            a_container_is_suspended_once_its_file_is_there,
-            a_pod_that_does_not_get_ready_goes_on,
-            what_cannot_be_saved_is_named,
-            a_connection_with_another_host_is_named,
-            a_suspended_container_goes_on_as_another,
-            an_adopted_container_is_all_that_one_is,
-            an_adopted_terminal_works,
-            streams_that_differ_end_or_are_thrown_away,
-            a_hook_that_fails_ends_the_container,
-            an_adopted_container_need_not_be_started,
-            only_what_is_suspended_can_be_adopted,
-        );
-    });
+    scenarios!(
+        a_warm_container_writes_to_memory_alone,
+        the_environment_is_a_file_that_no_link_leads_astray,
+        a_suspended_container_stands_still_and_goes_on,
+        an_exec_waits_until_its_container_goes_on,
+        a_container_is_suspended_once_its_port_is_listened_on,
+        a_container_is_suspended_once_its_file_is_there,
+        a_pod_that_does_not_get_ready_goes_on,
+        what_cannot_be_saved_is_named,
+        a_connection_with_another_host_is_named,
+        a_suspended_container_goes_on_as_another,
+        an_adopted_container_is_all_that_one_is,
+        an_adopted_terminal_works,
+        streams_that_differ_end_or_are_thrown_away,
+        a_hook_that_fails_ends_the_container,
+        an_adopted_container_need_not_be_started,
+        only_what_is_suspended_can_be_adopted,
+    );
 }
 
 /// Answers each line until its input ends.

@@ -38,6 +38,29 @@ use ttrpc::asynchronous::{Client, Server};
 use ttrpc::context::Context;
 use ttrpc::{Code, Error};
 
+/// Runs scenarios with one agent, one after the other; those whose names have `ONLY` in them, where the environment has that.
+#[allow(unused_macros)]
+macro_rules! scenarios {
+    ($($scenario:ident),* $(,)?) => {
+        if let Some(reason) = support::missing() {
+            eprintln!("SKIPPED: needs a host for containers: {reason}");
+            return;
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        tokio::task::LocalSet::new().block_on(&runtime, async {
+            let agent = Agent::serve().await;
+            let only = std::env::var("ONLY").unwrap_or_default();
+            $(
+                if stringify!($scenario).contains(&only) {
+                    eprintln!("- {}", stringify!($scenario).replace('_', " "));
+                    $scenario(&agent).await;
+                    agent.assert_clean();
+                }
+            )*
+        });
+    };
+}
+
 type Result<T> = std::result::Result<T, Error>;
 
 /// The capabilities of containerd's default spec.
