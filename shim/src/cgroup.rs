@@ -1,7 +1,8 @@
 //! The pod's cgroup on the host. The VMM lives in it, so the host accounts for what the pod really uses.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{XattrFlags, getxattr, setxattr};
@@ -41,26 +42,25 @@ fn scope(prefix: &str, name: &str) -> String {
     if name.ends_with(".slice") { name.into() } else { format!("{prefix}-{name}.scope") }
 }
 
-/// Makes `directory` and puts the process into it.
+/// Makes `directory`, and opens it for a process to be put there.
 ///
 /// # Errors
 /// [`crate::Error::File`]; what was made is gone again.
-pub fn enter(directory: &Path, pid: i32) -> Result<()> {
+pub fn make(directory: &Path) -> Result<OwnedFd> {
     // Another pod that ends may take a common parent away just now.
-    let result = make(directory).or_else(|_| make(directory)).and_then(|()| {
+    let result = make_path(directory).or_else(|_| make_path(directory)).and_then(|()| {
         bound_threads(directory);
-        let procs = directory.join("cgroup.procs");
-        fs::write(&procs, pid.to_string()).map_err(file("move the VMM into", procs))
+        File::open(directory).map_err(file("open", directory))
     });
     if result.is_err() {
         remove(directory);
     }
-    result
+    result.map(OwnedFd::from)
 }
 
-fn make(directory: &Path) -> Result<()> {
+fn make_path(directory: &Path) -> Result<()> {
     if let Some(parent) = directory.parent().filter(|parent| !parent.exists()) {
-        make(parent)?;
+        make_path(parent)?;
         // Threads are counted below it, if they are counted in it; those who make a cgroup for a pod see to that themselves.
         write(&parent.join("cgroup.subtree_control"), "+pids");
     }

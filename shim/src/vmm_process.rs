@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use command_fds::{CommandFdExt, FdMapping};
-use mayu_vmm_api::{CONTROL_FD, Event, EventStream, Request, VmConfig, VmmClient};
+use mayu_vmm_api::{
+    CGROUP_ARGUMENT, CGROUP_FD, CONTROL_FD, Event, EventStream, Request, VmConfig, VmmClient,
+};
 use nix::libc::O_PATH;
 use nix::sys::prctl::set_child_subreaper;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -92,6 +94,8 @@ pub struct Building {
     pub share: PathBuf,
     /// Where the guest's console goes.
     pub console: OwnedFd,
+    /// The directory of the cgroup that the VMM is to be in, if not the shim's.
+    pub cgroup: Option<OwnedFd>,
 }
 
 /// A VMM that is building its machine.
@@ -124,14 +128,19 @@ impl VmmProcess {
     ///
     /// # Errors
     /// The step that failed; then there is no process.
-    pub async fn spawn(config: &Config, building: Building, lease: Lease, log: &Logger) -> Result<Spawned> {
+    pub async fn spawn(
+        config: &Config,
+        mut building: Building,
+        lease: Lease,
+        log: &Logger,
+    ) -> Result<Spawned> {
         let log = log.new(o!("program" => "mayu-vmm"));
         let (stderr_reader, stderr) = Console::pipe(Source::Vmm, log.clone())?;
         // The process that is spawned forks the real one and ends; that one then is a child of the nearest
         // subreaper. Only for so long, or orphans of others would become this process's to reap.
         set_child_subreaper(true).map_err(system("become a subreaper"))?;
         let at = Instant::now();
-        let (mut child, socket) = run(&config.vm.vmm, stderr)?;
+        let (mut child, socket) = run(&config.vm.vmm, stderr, building.cgroup.take())?;
         let (client, mut events) = VmmClient::new(socket, config.timeouts.request())?;
         let client = Arc::new(client);
         let mut built = tokio::spawn(build(client.clone(), building));
@@ -182,22 +191,25 @@ impl Drop for VmmProcess {
 }
 
 /// Runs the program; gives the shim's end of its control socket.
-fn run(program: &Path, stderr: OwnedFd) -> Result<(Child, OwnedFd)> {
+fn run(program: &Path, stderr: OwnedFd, cgroup: Option<OwnedFd>) -> Result<(Child, OwnedFd)> {
     let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
         .map_err(system("create the VMM's control socket"))?;
     let spawn_failed = |source| Error::Spawn { what: program.display().to_string(), source };
     let mut command = std::process::Command::new(program);
     command.env_clear().current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
-    command
-        .fd_mappings(vec![FdMapping { parent_fd: theirs, child_fd: CONTROL_FD }])
-        .map_err(|error| spawn_failed(std::io::Error::other(error)))?;
+    let mut inherited = vec![FdMapping { parent_fd: theirs, child_fd: CONTROL_FD }];
+    if let Some(cgroup) = cgroup {
+        command.arg(CGROUP_ARGUMENT);
+        inherited.push(FdMapping { parent_fd: cgroup, child_fd: CGROUP_FD });
+    }
+    command.fd_mappings(inherited).map_err(|error| spawn_failed(std::io::Error::other(error)))?;
     let child = Command::from(command).kill_on_drop(true).spawn().map_err(spawn_failed)?;
     Ok((child, ours))
 }
 
 /// Has the VMM confine itself and build the machine.
 async fn build(client: Arc<VmmClient>, building: Building) -> Result<()> {
-    let Building { machine, files, origin, share, console } = building;
+    let Building { machine, files, origin, share, console, .. } = building;
     let share = OpenOptions::new()
         .read(true)
         .custom_flags(O_PATH)

@@ -9,7 +9,8 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
 
 use mayu_vmm_api::{
-    CONTROL_FD, Error as ProtocolError, Event, ExitReason, Message, Reply, Request, VmConfig, receive, send,
+    CGROUP_FD, CONTROL_FD, Error as ProtocolError, Event, ExitReason, Message, Reply, Request, VmConfig,
+    receive, send,
 };
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -53,6 +54,8 @@ pub struct Resources {
     pub share: OwnedFd,
     /// The write end of the console's pipe.
     pub console: OwnedFd,
+    /// The directory of the machine's cgroup, if it has one.
+    pub cgroup: Option<OwnedFd>,
 }
 
 /// Whether the event loop goes on.
@@ -75,6 +78,8 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 /// This process's end of the control socket.
 pub struct Control {
     socket: OwnedFd,
+    /// The machine's, until it is described.
+    cgroup: Option<OwnedFd>,
     registrar: Option<Registrar>,
     waiting: VecDeque<(Message, Vec<OwnedFd>)>,
     outgoing: Receiver<(Message, Vec<OwnedFd>)>,
@@ -84,34 +89,40 @@ pub struct Control {
 }
 
 impl Control {
-    /// Takes the socket that the shim has left at [`CONTROL_FD`], and closes what else it may have left open. To be
-    /// called once, before the process opens anything.
+    /// Takes the socket that the shim has left at [`CONTROL_FD`] and, where one is expected, the cgroup at [`CGROUP_FD`],
+    /// and closes what else it may have left open. To be called once, before the process opens anything.
     ///
     /// # Errors
     /// There is no such descriptor.
-    pub fn inherit() -> Result<Self> {
-        // SAFETY: only asks whether the descriptor exists.
-        let borrowed = unsafe { BorrowedFd::borrow_raw(CONTROL_FD) };
-        fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))
-            .map_err(|errno| Error::ControlSocket(errno.into()))?;
+    pub fn inherit(has_cgroup: bool) -> Result<Self> {
+        let control = take(CONTROL_FD)?;
+        let cgroup = has_cgroup.then(|| take(CGROUP_FD)).transpose()?;
+        let others = if has_cgroup { CGROUP_FD + 1 } else { CONTROL_FD + 1 };
         // SAFETY: nothing in this process has opened any of these descriptors.
-        if unsafe { libc::close_range(CONTROL_FD as libc::c_uint + 1, libc::c_uint::MAX, 0) } != 0 {
+        if unsafe { libc::close_range(others as libc::c_uint, libc::c_uint::MAX, 0) } != 0 {
             return Err(Error::ControlSocket(std::io::Error::last_os_error()));
         }
-        // SAFETY: the descriptor exists, and nothing else in this process knows of it.
-        Ok(Self::new(unsafe { OwnedFd::from_raw_fd(CONTROL_FD) }))
+        Ok(Self { cgroup, ..Self::new(control) })
     }
 
     fn new(socket: OwnedFd) -> Self {
         let (sender, outgoing) = mpsc::channel();
-        Self { socket, registrar: None, waiting: VecDeque::new(), outgoing, sender, stuck: false }
+        Self {
+            socket,
+            cgroup: None,
+            registrar: None,
+            waiting: VecDeque::new(),
+            outgoing,
+            sender,
+            stuck: false,
+        }
     }
 
     /// Waits for the machine's description, which has to be the first request, and returns the request's number.
     ///
     /// # Errors
     /// The shim has ended, or sends something else.
-    pub fn receive_build(&self) -> Result<(u64, VmConfig, Resources)> {
+    pub fn receive_build(&mut self) -> Result<(u64, VmConfig, Resources)> {
         let (message, fds) = receive(&self.socket).map_err(Error::Control)?;
         let Message::Request { id, body: request } = message else {
             return Err(Error::FirstRequest);
@@ -136,7 +147,8 @@ impl Control {
             }
             _ => return Err(Error::FirstRequest),
         };
-        Ok((id, config, Resources { kvm, beginning, image: image.into(), share, console }))
+        let cgroup = self.cgroup.take();
+        Ok((id, config, Resources { kvm, beginning, image: image.into(), share, console, cgroup }))
     }
 
     /// Makes the socket part of the event loop.
@@ -321,6 +333,16 @@ impl Control {
     }
 }
 
+/// Takes a descriptor that the shim has left. Once for each number.
+fn take(number: i32) -> Result<OwnedFd> {
+    // SAFETY: only asks whether the descriptor exists.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))
+        .map_err(|errno| Error::Inherited { number, source: errno.into() })?;
+    // SAFETY: the descriptor exists, and nothing else in this process knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
 fn reply(id: u64, outcome: std::result::Result<(), String>) -> Message {
     let body = match outcome {
         Ok(()) => Reply::Ok,
@@ -412,7 +434,7 @@ mod tests {
 
     #[test]
     fn the_first_request_has_to_describe_the_machine_and_bring_its_descriptors() {
-        let (control, _events, shim) = control();
+        let (mut control, _events, shim) = control();
         fcntl(&control.socket, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
         let config = VmConfig {
             sandbox_id: "test".into(),

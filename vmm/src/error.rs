@@ -246,8 +246,16 @@ pub enum Error {
         /// The kernel's reason.
         source: io::Error,
     },
-    /// The control socket is missing or cannot be set up.
-    #[error("cannot use the control socket (descriptor 3; mayu-vmm is started by the shim): {0}")]
+    /// The shim has not left what it is to leave.
+    #[error("cannot use descriptor {number}, which the shim leaves open when it starts mayu-vmm: {source}")]
+    Inherited {
+        /// The descriptor's number.
+        number: i32,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// The control socket cannot be set up.
+    #[error("cannot use the control socket: {0}")]
     ControlSocket(#[source] io::Error),
     /// The shim has ended or breaks the protocol.
     #[error(transparent)]

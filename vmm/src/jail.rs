@@ -6,8 +6,9 @@
 //!
 //! ```text
 //! spawned process                          the machine's process
-//! fork into a new PID namespace ─────────▶ mounts, IPC, host name and network of its own
-//! Event::Started                           root: /share and /proc
+//! fork into the pod's cgroup and a new ──▶ mounts, IPC, host name and network of its own
+//! PID namespace                            root: /share and /proc
+//! Event::Started
 //! write its id maps ◀───────────────────── user namespace
 //! exit                                     unprivileged uid, file capabilities for the fs device's threads
 //!                                          Landlock: the share, where the kernel has it
@@ -24,7 +25,7 @@ use std::os::unix::net::UnixStream;
 use ::landlock::RulesetStatus;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
-use nix::unistd::{ForkResult, Pid, fork};
+use nix::unistd::{ForkResult, Pid};
 use rustix::fs::{Mode, OFlags, fstat, open, stat};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::mount::{
@@ -54,6 +55,9 @@ const DESCRIPTOR_TABLE: u64 = 4096;
 /// What the process may have mapped beyond the guest's memory: the stacks of all threads, the allocator's arenas, the program.
 /// Much of that is address space only.
 const OWN_MEMORY: u64 = 1 << 30;
+
+/// Has clone3(2) put the new process into a cgroup: include/uapi/linux/sched.h. The constant of the `libc` crate has too few bits.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// Where the pod's share is mounted inside the jail.
 pub const SHARE: &str = "/share";
@@ -86,20 +90,26 @@ pub enum Side {
     },
 }
 
-/// Forks the process into the jail. `announce` tells the shim the pid of the one inside; it is called outside.
-/// Must be called while the process has one thread. The capabilities that remain inside are for the fs device's
+/// Forks the process into the jail, and into `cgroup` if there is one. `announce` tells the shim the pid of the one inside;
+/// it is called outside. Must be called while the process has one thread. The capabilities that remain inside are for the fs device's
 /// threads: [`drop_capabilities`] is to be called once they run.
 ///
 /// # Errors
 /// A step failed; what was made of the jail ends with the process.
-pub fn enter(share: OwnedFd, uid: u32, announce: impl FnOnce(Pid) -> Result<()>) -> Result<Side> {
+pub fn enter(
+    share: OwnedFd,
+    cgroup: Option<OwnedFd>,
+    uid: u32,
+    announce: impl FnOnce(Pid) -> Result<()>,
+) -> Result<Side> {
     allow_descriptors();
     bound_arenas();
     let (outside, inside) = UnixStream::pair().map_err(failed("make a socket pair"))?;
     let parent = pidfd_open(getpid(), PidfdFlags::empty()).map_err(failed("open its pidfd"))?;
-    unshare(CloneFlags::CLONE_NEWPID).map_err(failed("make a PID namespace"))?;
-    // SAFETY: the process has a single thread, so the child may do whatever the parent may.
-    match unsafe { fork() }.map_err(failed("fork"))? {
+    let forked = fork(cgroup.as_ref());
+    // A directory of the old root, in both processes.
+    drop(cgroup);
+    match forked.map_err(failed("fork into the pod's cgroup and a PID namespace"))? {
         ForkResult::Parent { child } => {
             drop(inside);
             announce(child)?;
@@ -116,6 +126,31 @@ pub fn enter(share: OwnedFd, uid: u32, announce: impl FnOnce(Pid) -> Result<()>)
             die_with_the_shim(&parent)?;
             Ok(Side::Inside { landlock })
         }
+    }
+}
+
+/// Forks the process into a new PID namespace, and into `cgroup`. To be put there by the kernel costs a process nothing; to be moved there
+/// later, by writing to `cgroup.procs`, has it wait for a grace period of RCU: `cgroup_css_set_fork` and
+/// `cgroup_attach_lock` in the kernel's kernel/cgroup/cgroup.c. Must be called while the process has one thread.
+fn fork(cgroup: Option<&OwnedFd>) -> io::Result<ForkResult> {
+    let namespace = libc::CLONE_NEWPID as u64;
+    // SAFETY: all fields are integers, and zero means that nothing is asked for.
+    let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+    arguments.exit_signal = libc::SIGCHLD as u64;
+    arguments.flags = match cgroup {
+        Some(directory) => {
+            arguments.cgroup = directory.as_raw_fd() as u64;
+            namespace | CLONE_INTO_CGROUP
+        }
+        None => namespace,
+    };
+    // SAFETY: without CLONE_VM this is fork(2): the child goes on with a copy of everything. The process has a single thread, so no
+    // lock is held by one that the child lacks. The C library's fork would also note the child's thread id, which it reads
+    // for mutexes that know their owner. This thread keeps the one that it has outside; those that it starts are counted from 2.
+    match unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<libc::clone_args>()) } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(ForkResult::Child),
+        pid => Ok(ForkResult::Parent { child: Pid::from_raw(pid as i32) }),
     }
 }
 

@@ -14,7 +14,7 @@ use mayu_vmm::log::{self, RateLimit};
 use mayu_vmm::machine::Machine;
 use mayu_vmm::seccomp::{Confinement, Kind, Purpose};
 use mayu_vmm::snapshot::{self, Snapshot};
-use mayu_vmm_api::{Event, ExitReason, VmConfig};
+use mayu_vmm_api::{CGROUP_ARGUMENT, Event, ExitReason, VmConfig};
 use slog::{Logger, error, info, o, warn};
 
 /// Numbers of the event loop's subscribers, up to the first device's.
@@ -23,12 +23,14 @@ const VCPUS: u16 = 1;
 
 fn main() -> ExitCode {
     let started = Instant::now();
-    if std::env::args().nth(1).is_some_and(|argument| argument == "--version") {
+    let argument = std::env::args().nth(1);
+    if argument.as_deref() == Some("--version") {
         println!("mayu-vmm {}", env!("CARGO_PKG_VERSION"));
         return ExitCode::SUCCESS;
     }
     let log = log::to_stderr();
-    let request = Control::inherit().and_then(|control| Ok((control.receive_build()?, control)));
+    let request = Control::inherit(argument.as_deref() == Some(CGROUP_ARGUMENT))
+        .and_then(|mut control| Ok((control.receive_build()?, control)));
     let (log, outcome) = match request {
         Ok(((id, config, resources), control)) => {
             let log = log.new(o!("sandbox" => config.sandbox_id.clone()));
@@ -86,7 +88,7 @@ fn prepare(
 ) -> Result<Option<(Machine, RulesetStatus)>> {
     builder::check(config)?;
     let announce = |pid: nix::unistd::Pid| control.announce(Event::Started { pid: pid.as_raw() });
-    let landlock = match jail::enter(resources.share, config.uid, announce)? {
+    let landlock = match jail::enter(resources.share, resources.cgroup, config.uid, announce)? {
         Side::Outside => return Ok(None),
         Side::Inside { landlock } => landlock,
     };

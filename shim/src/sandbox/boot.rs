@@ -138,9 +138,11 @@ impl Sandbox {
 }
 
 impl Begun {
-    /// Puts the VMM into the pod's cgroup and waits for the machine.
-    async fn wait_until_built(&mut self, blueprint: &Blueprint) -> Result<()> {
-        enter_cgroup(blueprint, &self.spawned.process, &mut self.own_cgroup)?;
+    /// Writes down which process is the VMM, and waits for the machine.
+    async fn wait_until_built(&mut self, blueprint: &Blueprint, record: Record) -> Result<()> {
+        let pid = self.spawned.process.pid;
+        let start_time = start_time(pid).unwrap_or_default();
+        blueprint.dir.write_record(&Record { pid, start_time, ..record })?;
         timeout_at(self.deadline, self.spawned.built()).await.map_err(|_| too_late(&blueprint.config))?
     }
 
@@ -274,15 +276,21 @@ async fn build(
     let Blueprint { config, dir, log, .. } = blueprint;
     let (console, console_writer) = Console::pipe(Source::Guest, log.clone())?;
     let lease = Lease::take(dir.root(), config.vm.uids, &dir.name())?;
-    dir.write_record(&Record { uid: Some(lease.uid()), ..Record::default() })?;
+    let own_cgroup = own_cgroup(blueprint);
+    let record = Record { uid: Some(lease.uid()), cgroup: own_cgroup.clone(), ..Record::default() };
+    // Whoever cleans up after a shim that dies here has to know what there is.
+    dir.write_record(&record)?;
+    let cgroup = own_cgroup.as_deref().map(cgroup::make).transpose()?;
     let size = Size { vcpus: machine.vcpus, memory_mib: machine.memory_mib };
     let machine = VmConfig { uid: lease.uid(), ..machine };
     let is_to_be_saved = matches!(origin, Origin::ToSave(_));
-    let building = Building { machine, files, origin, share: dir.share(), console: console_writer };
+    let building = Building { machine, files, origin, share: dir.share(), console: console_writer, cgroup };
     let deadline = Instant::now() + config.timeouts.boot();
-    let spawned = VmmProcess::spawn(config, building, lease, log).await?;
-    let mut begun = Begun { spawned, console, own_cgroup: None, size, is_to_be_saved, deadline };
-    match begun.wait_until_built(blueprint).await {
+    let spawned = VmmProcess::spawn(config, building, lease, log)
+        .await
+        .inspect_err(|_| own_cgroup.iter().for_each(|directory| cgroup::remove(directory)))?;
+    let mut begun = Begun { spawned, console, own_cgroup, size, is_to_be_saved, deadline };
+    match begun.wait_until_built(blueprint, record).await {
         Ok(()) => Ok(begun),
         Err(error) => Err(begun.abandon(error).await),
     }
@@ -324,27 +332,15 @@ fn write_files(dir: &StateDir, files: &[PodFile]) -> Result<()> {
     Ok(())
 }
 
-/// Puts the VMM into the pod's cgroup before it allocates anything. How to find both is written down first: whoever cleans up after
-/// a shim that dies here has to know.
-fn enter_cgroup(blueprint: &Blueprint, vmm: &VmmProcess, made: &mut Option<PathBuf>) -> Result<()> {
-    let pid = vmm.pid;
+/// The cgroup that the pod is to have.
+fn own_cgroup(blueprint: &Blueprint) -> Option<PathBuf> {
+    let path = blueprint.spec.cgroups_path.as_deref()?;
     let mount = Path::new(cgroup::MOUNT);
-    let directory = match &blueprint.spec.cgroups_path {
-        Some(path) if mount.join("cgroup.controllers").exists() => Some(cgroup::directory(mount, path)),
-        Some(_) => {
-            warn!(blueprint.log, "the VMM stays in the shim's cgroup: the host has no cgroup v2");
-            None
-        }
-        None => None,
-    };
-    let start_time = start_time(pid).unwrap_or_default();
-    let record = Record { pid, start_time, cgroup: directory.clone(), uid: Some(vmm.uid()) };
-    blueprint.dir.write_record(&record)?;
-    if let Some(directory) = &directory {
-        cgroup::enter(directory, pid)?;
+    if !mount.join("cgroup.controllers").exists() {
+        warn!(blueprint.log, "the VMM stays in the shim's cgroup: the host has no cgroup v2");
+        return None;
     }
-    *made = directory;
-    Ok(())
+    Some(cgroup::directory(mount, path))
 }
 
 /// From a built machine to a guest whose agent answers, with the first container's files mounted.

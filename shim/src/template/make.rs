@@ -221,7 +221,8 @@ pub(super) async fn with_machine<T>(
     DirBuilder::new().recursive(true).mode(0o711).create(root).map_err(file("create", root))?;
     let lease = Lease::take(root, config.vm.uids, "template")?;
     let machine = VmConfig { uid: lease.uid(), ..machine.clone() };
-    let building = Building { machine, files, origin, share: share.into(), console: console_writer };
+    let building =
+        Building { machine, files, origin, share: share.into(), console: console_writer, cgroup: None };
     let mut spawned = VmmProcess::spawn(config, building, lease, log).await?;
     let done = async {
         let (_ready, agent) = answering(config, &mut spawned, log).await?;

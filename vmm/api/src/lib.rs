@@ -5,9 +5,10 @@
 //!
 //! ```text
 //! shim                                         mayu-vmm
-//!  │ spawn, control socket on CONTROL_FD          │
+//!  │ spawn, control socket on CONTROL_FD,         │
+//!  │        cgroup on CGROUP_FD                   │
 //!  │── Build(VmConfig) + kvm, kernel, image, … ──▶│
-//!  │ ◀──────────────────── Event::Started {pid} ──│  forked into its own namespaces
+//!  │ ◀──────────────────── Event::Started {pid} ──│  forked into its cgroup and namespaces
 //!  │                                              │  jail, build, vCPUs paused
 //!  │ ◀──────────────────────────────────── Ok ────│
 //!  │── Resume ───────────────────────────────────▶│  the guest runs
@@ -26,7 +27,8 @@ pub use client::{EventStream, VmmClient};
 pub use error::{Error, Result};
 pub use frame::{MAX_FDS, MAX_FRAME, receive, send};
 pub use message::{
-    BLOCK_SLOTS, CONTROL_FD, Event, ExitReason, MAX_MEMORY_MIB, MAX_NET_SLOTS, MAX_VCPUS, MIN_MEMORY_MIB,
-    Message, RateLimit, Reply, Request, Status, TEMPLATE_PARAMETER, VmConfig, net_slot_address,
+    BLOCK_SLOTS, CGROUP_ARGUMENT, CGROUP_FD, CONTROL_FD, Event, ExitReason, MAX_MEMORY_MIB, MAX_NET_SLOTS,
+    MAX_VCPUS, MIN_MEMORY_MIB, Message, RateLimit, Reply, Request, Status, TEMPLATE_PARAMETER, VmConfig,
+    net_slot_address,
 };
 pub use working_set::{Pages, WorkingSet};

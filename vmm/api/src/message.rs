@@ -6,6 +6,13 @@ use serde::{Deserialize, Serialize};
 /// The descriptor number on which `mayu-vmm` finds its end of the control socket.
 pub const CONTROL_FD: i32 = 3;
 
+/// The descriptor number on which `mayu-vmm` finds the directory of the machine's cgroup, if it is started with
+/// [`CGROUP_ARGUMENT`].
+pub const CGROUP_FD: i32 = 4;
+
+/// Has `mayu-vmm` put the machine's process into a cgroup. Without it, the process stays where its parent is.
+pub const CGROUP_ARGUMENT: &str = "--cgroup";
+
 /// The most vCPUs that a machine may have.
 pub const MAX_VCPUS: u8 = 32;
 
