@@ -9,6 +9,7 @@ use std::thread::sleep;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mayu_e2e::configuration::Configuration;
+use mayu_e2e::mount::HostMount;
 use mayu_e2e::shim::eventually;
 use mayu_e2e::template::{DIRECTORY, current, is_used_by, mayu_template};
 use mayu_e2e::{Container, PYTHON, counted, how_many};
@@ -61,6 +62,24 @@ fn faults(container: &Container) -> u64 {
     let stat = stats.find_map(|stat| Some(stat.split_once("(vcpu0) ")?.1.to_owned())).unwrap();
     // `minflt` of proc_pid_stat(5), which has number 10; the state is 3.
     stat.split(' ').nth(7).unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_template_in_huge_pages_is_mapped_in_huge_pages() {
+    let directory = tempfile::tempdir_in("/run").unwrap();
+    let _pages = HostMount::tmpfs(directory.path(), "huge=always,mode=700");
+    let path = directory.path().to_str().unwrap();
+    let _configuration = Configuration::set("template", "directory", &format!("{path:?}"));
+    mayu_template(&["create"]).success();
+
+    let container = Container::idle(&[]);
+    let smaps = fs::read_to_string(format!("/proc/{}/smaps", container.pid())).unwrap();
+    container.remove();
+
+    assert!(smaps.contains(path), "the pod has booted");
+    // proc_pid_smaps(5).
+    let mut mapped = smaps.lines().filter_map(|line| line.strip_prefix("ShmemPmdMapped:"));
+    assert!(mapped.any(|kib| kib.trim() != "0 kB"), "{smaps}");
 }
 
 #[test]
