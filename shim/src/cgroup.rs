@@ -4,6 +4,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{XattrFlags, getxattr, setxattr};
 
@@ -100,6 +102,22 @@ pub fn remove(directory: &Path) {
     }
 }
 
+/// The same for the cgroup of a shim that is dead, whose VMM may be about to end as well, and be known by nothing but this: waits no longer
+/// than `patience` for that.
+pub fn remove_when_empty(directory: &Path, patience: Duration) {
+    let begun = Instant::now();
+    while is_made_by_mayu(directory) && is_populated(directory) && begun.elapsed() < patience {
+        sleep(Duration::from_millis(10));
+    }
+    remove(directory);
+}
+
+/// Whether there are processes (Documentation/admin-guide/cgroup-v2.rst, "(Un)populated Notification").
+fn is_populated(directory: &Path) -> bool {
+    let events = fs::read_to_string(directory.join("cgroup.events")).unwrap_or_default();
+    events.lines().any(|line| line == "populated 1")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -136,5 +154,25 @@ mod tests {
 
         remove(&pods[1]);
         assert!(fs::read_dir(&kubelet).unwrap().next().is_none());
+    }
+
+    #[test]
+    fn a_vmm_may_end_after_its_shim_and_the_cgroup_goes_then() {
+        let mount = tempfile::tempdir().unwrap();
+        let pod = mount.path().join("pod");
+        make(&pod).unwrap();
+        // The kernel takes its own files away with the directory; here they are in the way of it.
+        let events = pod.join("cgroup.events");
+        fs::write(&events, "populated 1\nfrozen 0\n").unwrap();
+        remove_when_empty(&pod, Duration::ZERO);
+        assert!(pod.exists());
+
+        let vmm = std::thread::spawn(move || {
+            sleep(Duration::from_millis(50));
+            fs::remove_file(events).unwrap();
+        });
+        remove_when_empty(&pod, Duration::from_secs(60));
+        vmm.join().unwrap();
+        assert!(!pod.exists());
     }
 }

@@ -91,11 +91,11 @@ pub fn make_anew(dir: &StateDir) -> Result<()> {
 
 fn remove(dir: &StateDir) -> Result<()> {
     let Record { cgroup, uid, .. } = dir.read_record().unwrap_or_default();
-    if let Some(directory) = cgroup {
-        cgroup::remove(&directory);
-    }
     if let Some(uid) = uid {
         uids::clear(dir.root(), uid, PATIENCE);
+    }
+    if let Some(directory) = cgroup {
+        cgroup::remove_when_empty(&directory, PATIENCE);
     }
     dir.remove()
 }
