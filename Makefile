@@ -79,6 +79,7 @@ bench: payload
 	tests/lab/bench $(payload) $(results)/bench $(BENCH)
 	for part in $(BENCH); do cp $(results)/bench/$$part/measurements.jsonl docs/measurements/$$part.jsonl; done
 	scripts/bench-report
+	tests/lab/bench --wall-clock $(payload) $(results)/bench-wall-clock $(BENCH)
 
 times records: payload
 	tests/lab/bench $(payload) $(results) times
