@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 /// * Free memory is reported to the host in pieces of 128 KiB (2^5 pages) and more. By itself the kernel takes pieces of 2 MiB, and
 ///   reports nothing of a zone of which less than 32 such pieces are free: 64 MiB, which is all that a small pod has grown by.
 /// * Whoever waits for a grace period of RCU, as each container's start does some times, has its few processors asked, and does not
-///   sleep for some of their ticks (`rcu_expedited`, Documentation/RCU/checklist.rst).
+///   sleep for some of their ticks (Documentation/admin-guide/kernel-parameters.txt).
 const COMMON: &str = "console=ttyS0 quiet reboot=k panic=-1 root=/dev/vda rootfstype=erofs ro \
                       init=/sbin/mayu-agent random.trust_cpu=on tsc=reliable swiotlb=noforce 8250.nr_uarts=1 \
                       dummy.numdummies=0 page_reporting.page_reporting_order=5 rcupdate.rcu_expedited=1";
