@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Seek as _, Write as _};
 use std::num::NonZeroU64;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,8 +19,9 @@ use nix::mount::{MsFlags, mount, umount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
+use support::network::{cable, no_tap};
 use support::payload::{COUNT_FOREVER, RESET, elf, print};
-use support::{PATIENCE, Vmm, config, image, skip, unable};
+use support::{PATIENCE, Vmm, config, image, unable};
 
 fn build(config: VmConfig, kernel: &File) -> (Vmm, Result<(), String>) {
     Vmm::build(config, kernel, &image(), tempfile::tempdir().unwrap().path())
@@ -296,32 +297,16 @@ fn requests_that_make_no_sense_are_refused_and_harm_nothing() {
     assert_eq!(vmm.exit(), ExitReason::Requested);
 }
 
-/// Opens a TAP device in a network namespace of this thread's own, as the shim does in the pod's.
-#[allow(unsafe_code)]
-fn tap() -> OwnedFd {
-    unshare(CloneFlags::CLONE_NEWNET).unwrap();
-    let tap = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
-    // SAFETY: all-zero bytes are a valid `ifreq`.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
-    // SAFETY: the kernel reads and writes an `ifreq` at the address.
-    assert_eq!(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) }, 0);
-    tap.into()
-}
-
 #[test]
 fn a_tap_from_another_network_namespace_is_taken_without_privileges_and_once() {
-    if unable() {
+    if unable() || no_tap() {
         return;
-    }
-    if !Path::new("/dev/net/tun").exists() {
-        return skip("needs /dev/net/tun");
     }
     let share = tempfile::tempdir().unwrap();
     let config = VmConfig { net_slots: 8, ..config() };
     let (mut vmm, outcome) = Vmm::build(config, &elf(&COUNT_FOREVER), &image(), share.path());
     outcome.unwrap();
-    let tap = tap();
+    let tap = OwnedFd::from(cable().tap);
     vmm.request(Request::AttachNet { slot: 7 }, &[tap.try_clone().unwrap()]).unwrap();
     let again = vmm.request(Request::AttachNet { slot: 7 }, &[tap]).unwrap_err();
     assert!(again.contains("network slot 7 has a TAP device already"), "{again}");
