@@ -305,11 +305,22 @@ fn a_machine_that_runs_pods_cannot_be_saved() {
     assert!(outcome.unwrap_err().contains("built already"));
 }
 
-/// A guest that reads its image and a file and asks for entropy, with requests under way at every moment: `tests/hostile-guest`.
+/// A guest that keeps requests under way on all its devices at every moment: `tests/hostile-guest`. Disk, entropy, files and free
+/// pages go on wherever it does. Its connection to the host and its frames on the link are echoed here: both lose nothing in the machine
+/// that was saved; another one has to connect anew, and loses what was on the link, but nothing that waited for one.
 mod diligent {
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+    use std::thread::{self, JoinHandle};
+
     use super::*;
+    use support::network::{cable, no_tap};
 
     const MIB: u32 = 128;
+
+    /// Where the text of a frame begins, whose first word is the frame's number, above so many bits.
+    const TEXT: usize = 20;
+    const NUMBER_SHIFT: u64 = 8;
 
     /// Each word of it is its own offset.
     fn pattern(length: u64) -> Vec<u8> {
@@ -322,20 +333,75 @@ mod diligent {
         share
     }
 
-    /// Waits until every request slot of the guest has got many more answers.
-    fn assert_goes_on(vmm: &Vmm) {
-        let reports = || vmm.console().matches("diligent: ").count();
-        let (before, deadline) = (reports(), Instant::now() + PATIENCE);
-        while reports() < before + 3 {
-            let console = vmm.console();
-            assert!(!console.contains("wrong: ") && Instant::now() < deadline, "{console}");
-            std::thread::sleep(Duration::from_millis(1));
+    /// How many requests the slowest slot of the guest has had answered, once it has said so.
+    fn answered(console: &str) -> Option<u64> {
+        let count = |line: &str| line.strip_prefix("diligent: ")?.split_once(" of ")?.0.parse().ok();
+        console.lines().rev().find_map(count)
+    }
+
+    /// A machine with who echoes what its guest sends. They end when it does.
+    struct Echoed {
+        vmm: Vmm,
+        echoes: Vec<JoinHandle<()>>,
+    }
+
+    impl Echoed {
+        /// Gives the machine a link, on which frames come in order.
+        fn plug_in(&mut self) {
+            let cable = cable();
+            self.vmm.request(Request::AttachNet { slot: 0 }, &[cable.tap.into()]).unwrap();
+            let mut host = cable.host;
+            self.echoes.push(thread::spawn(move || {
+                let (mut frame, mut expected) = ([0; 2048], None);
+                while let Ok(length) = host.read(&mut frame) {
+                    let first = frame[TEXT..].first_chunk().copied().map(u64::from_le_bytes).unwrap();
+                    let number = first >> NUMBER_SHIFT;
+                    assert_eq!(number, *expected.get_or_insert(number), "the frame's number");
+                    expected = Some(number + 1);
+                    if host.write_all(&frame[..length]).is_err() {
+                        break;
+                    }
+                }
+            }));
+        }
+
+        /// Waits for the guest's connection.
+        fn accept(&mut self) {
+            let stream = UnixStream::from(self.vmm.accept(1024));
+            stream.set_nonblocking(false).unwrap();
+            self.echoes.push(thread::spawn(move || {
+                // Until the machine is gone.
+                let _ = std::io::copy(&mut &stream, &mut &stream);
+            }));
+        }
+
+        /// Waits until every request slot of the guest has got many more answers.
+        fn assert_goes_on(&self) {
+            let (mut before, deadline) = (None, Instant::now() + PATIENCE);
+            loop {
+                let console = self.vmm.console();
+                assert!(!console.contains("wrong: ") && Instant::now() < deadline, "{console}");
+                if let Some(now) = answered(&console)
+                    && now >= before.get_or_insert(now).saturating_add(100)
+                {
+                    return;
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+
+        fn end(mut self) {
+            assert!(self.vmm.status().reported_mib > 0, "free pages are taken back");
+            self.vmm.request(Request::Shutdown, &[]).unwrap();
+            assert_eq!(self.vmm.exit(), ExitReason::Requested);
+            drop(self.vmm);
+            self.echoes.into_iter().for_each(|echo| echo.join().unwrap());
         }
     }
 
     #[test]
     fn a_guest_with_requests_under_way_loses_none_where_it_goes_on() {
-        let (Some(guest), false) = (hostile_guest(), unable()) else { return };
+        let (Some(guest), false) = (hostile_guest(), unable() || no_tap()) else { return };
         let config =
             VmConfig { memory_mib: MIB, max_memory_mib: MIB, kernel_args: "diligent".into(), ..config() };
         let mut image = tempfile::tempfile().unwrap();
@@ -345,31 +411,41 @@ mod diligent {
             let (memory, mut state) = (memory_file(&config), tempfile::tempfile().unwrap());
             let guest = File::open(&guest).unwrap();
             let build = Request::BuildTemplate(config.clone());
-            let (mut vmm, outcome) = Vmm::begin(build, [&guest, &image], first.path(), &[memory.as_fd()]);
+            let (vmm, outcome) = Vmm::begin(build, [&guest, &image], first.path(), &[memory.as_fd()]);
             outcome.unwrap();
-            vmm.request(Request::Resume, &[]).unwrap();
-            assert_goes_on(&vmm);
-            vmm.request(Request::Pause, &[]).unwrap();
-            vmm.request(Request::Save, &[state.try_clone().unwrap().into(), read_only(&memory).into()])
-                .unwrap();
-            vmm.request(Request::Resume, &[]).unwrap();
-            assert_goes_on(&vmm);
-            vmm.request(Request::Shutdown, &[]).unwrap();
+            let mut saved = Echoed { vmm, echoes: vec![] };
+            saved.plug_in();
+            saved.vmm.request(Request::Resume, &[]).unwrap();
+            saved.accept();
+            saved.assert_goes_on();
+            saved.vmm.request(Request::Pause, &[]).unwrap();
+            let files = [OwnedFd::from(state.try_clone().unwrap()), read_only(&memory).into()];
+            saved.vmm.request(Request::Save, &files).unwrap();
+            saved.vmm.request(Request::Resume, &[]).unwrap();
+            saved.assert_goes_on();
+            let console = saved.vmm.console();
+            assert!(!console.contains(" lost"), "{console}");
+            saved.end();
 
             // The file comes after the answer, as a pod's do.
             let second = tempfile::tempdir().unwrap();
             state.rewind().unwrap();
             let extra = [image.as_fd()];
             let restore = Request::Restore(config.clone());
-            let (mut vmm, outcome) = Vmm::begin(restore, [&state, &memory], second.path(), &extra);
+            let (vmm, outcome) = Vmm::begin(restore, [&state, &memory], second.path(), &extra);
             outcome.unwrap();
-            let refusal = vmm.request(Request::Resume, &[]).unwrap_err();
+            let mut restored = Echoed { vmm, echoes: vec![] };
+            let refusal = restored.vmm.request(Request::Resume, &[]).unwrap_err();
             assert!(refusal.contains(r#""data""#), "{refusal}");
             fs::copy(first.path().join("data"), second.path().join("data")).unwrap();
-            vmm.request(Request::Resume, &[]).unwrap();
-            assert_goes_on(&vmm);
-            vmm.request(Request::Shutdown, &[]).unwrap();
-            assert_eq!(vmm.exit(), ExitReason::Requested);
+            restored.vmm.request(Request::Resume, &[]).unwrap();
+            restored.vmm.wait_for_console("link lost");
+            restored.plug_in();
+            restored.accept();
+            restored.assert_goes_on();
+            let console = restored.vmm.console();
+            assert_eq!(console.matches("connection lost").count(), 1, "{console}");
+            restored.end();
         }
     }
 }
