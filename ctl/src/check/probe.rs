@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap};
 
@@ -107,6 +107,7 @@ fn execute(kvm: &Kvm, code: &[u8], iterations: u64) -> Result<(Duration, Option<
     let host = memory.get_host_address(GuestAddress(0)).map_err(|error| failed("find memory", error))?;
     set_memory(&vm, host as u64).map_err(|error| failed("set memory", error))?;
     let mut vcpu = vm.create_vcpu(0).map_err(|error| failed("create a vCPU", error))?;
+    set_features(kvm, &vcpu).map_err(|error| failed("set processor features", error))?;
     set_registers(&vcpu, iterations).map_err(|error| failed("set registers", error))?;
 
     let start = Instant::now();
@@ -144,6 +145,12 @@ fn set_memory(vm: &kvm_ioctls::VmFd, host: u64) -> Result<(), kvm_ioctls::Error>
     };
     // SAFETY: `host` is the start of a mapping of MEMORY_SIZE bytes, which `execute` keeps until the VM is gone.
     unsafe { vm.set_user_memory_region(region) }
+}
+
+/// Gives the vCPU all that KVM has. Without long mode among it, Linux 6.12.117 refuses registers of long mode, which 6.12.107 did not:
+/// `kvm_is_valid_sregs` in arch/x86/kvm/regs.c.
+fn set_features(kvm: &Kvm, vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
+    vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)
 }
 
 /// 64-bit ring 0, interrupts off (Intel SDM volume 3, 10.8.5).
